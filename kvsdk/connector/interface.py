@@ -1,0 +1,288 @@
+"""What a connector author subclasses.
+
+A connector has two halves because vLLM runs them in different processes: the scheduler half decides what is loaded and kept, the
+worker half (one for each tensor-parallel rank) moves bytes. The lifecycle of requests and blocks around both is
+`kvsdk.connector.lifecycle`; an author never sees vLLM's scheduler output, forward context or step metadata.
+
+Threads: vLLM calls every method here from one thread of the process, which in the worker is the thread that runs the model. None
+may wait for a peer, a disk or a network. Work that does goes to a thread of the author's own, which ends the task it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from kvsdk.buffer.keys import PrefixKeys
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvsdk.config import Options
+    from kvsdk.connector.tasks import LoadTask, SaveTask
+    from kvsdk.layout import CacheLayout
+
+logger = logging.getLogger("kvsdk.connector")
+
+BlockIds = tuple[np.ndarray, ...]
+"""Block ids of one request: one int32 array for each KV cache group, in prompt order."""
+
+
+class AskAgain(enum.Enum):
+    """Answer of `ConsumerScheduler.find` while it does not know yet; vLLM asks again in its next step."""
+
+    ASK_AGAIN = "ask again"
+
+
+ASK_AGAIN: Literal[AskAgain.ASK_AGAIN] = AskAgain.ASK_AGAIN
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheGeometry:
+    """Sizes of one worker's KV cache.
+
+    Attributes:
+        block_size: tokens in a block.
+        num_blocks: blocks in the pool; block 0 is vLLM's null block and never holds KV.
+        block_bytes: bytes of one block over all layers of one worker.
+        num_groups: KV cache groups.
+        max_num_batched_tokens: most tokens that one step computes.
+    """
+
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    num_groups: int = 1
+    max_num_batched_tokens: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a half knows of the server it runs in.
+
+    Attributes:
+        options: the parsed configuration; options that an author's connector declares are in `options.extra`.
+        engine_id: vLLM's id of this server's engine, different for every start.
+        rank: tensor-parallel rank of this worker; 0 in the scheduler half.
+        world_size: number of workers.
+        model: plain values that must be equal on two servers for their KV to mean the same.
+        cache: sizes of one worker's KV cache.
+        clock: seconds, like `time.monotonic`; every deadline is on this clock.
+    """
+
+    options: Options
+    engine_id: str
+    rank: int
+    world_size: int
+    model: Mapping[str, Any]
+    cache: CacheGeometry
+    clock: Callable[[], float] = time.monotonic
+
+
+class RequestView:
+    """A request as a connector sees it.
+
+    Attributes:
+        id: vLLM's request id. It differs between servers for the same prompt: never a key.
+        prompt: int32 array (P,), the prompt's token ids.
+        kv_transfer_params: what the client or a proxy sent along; untrusted.
+        root: bytes that separate caches (salt, LoRA, multimodal content), mixed into every key.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        prompt: np.ndarray,
+        *,
+        block_size: int,
+        root: bytes = b"",
+        kv_transfer_params: Mapping[str, Any] | None = None,
+        keys: Callable[[], PrefixKeys] | None = None,
+        keys_ready: Callable[[], bool] | None = None,
+    ):
+        self.id, self.prompt, self.block_size, self.root = id, prompt, block_size, root
+        self.kv_transfer_params = kv_transfer_params
+        self._keys, self._keys_ready = keys, keys_ready
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def num_prompt_blocks(self) -> int:
+        """Blocks that hold the prompt, the partial tail counted as one."""
+        return -(-len(self.prompt) // self.block_size)
+
+    @property
+    def keys_ready(self) -> bool:
+        """Whether `keys` answers at once; they are computed in the background when the request arrives."""
+        return self._keys_ready is None or self._keys_ready()
+
+    @property
+    def keys(self) -> PrefixKeys:
+        """The prompt's prefix keys; waits (microseconds a block) when `keys_ready` is false."""
+        if self._keys is None:
+            from kvsdk.buffer.keys import prefix_keys
+
+            keys = prefix_keys(self.prompt, self.block_size, self.root)
+            self._keys = lambda: keys
+        return self._keys()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """How much of a prompt can be loaded.
+
+    Attributes:
+        num_tokens: tokens from the start of the prompt, local ones included: a multiple of the block size, or the whole prompt.
+        source: picklable, handed to the worker half with the load.
+    """
+
+    num_tokens: int
+    source: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Answer of `ProducerScheduler.finished`: keep the prompt's blocks.
+
+    Attributes:
+        hold_id: names the hold; unique while it lasts. `Holds.give_back(hold_id)` ends it.
+        params: becomes `kv_transfer_params` of the response.
+    """
+
+    hold_id: str
+    params: Mapping[str, Any] | None = None
+
+
+class Holds(ABC):
+    """How a scheduler half gives kept blocks back. Safe to call from any thread."""
+
+    @abstractmethod
+    def give_back(self, hold_id: str) -> None:
+        """End a hold. Unknown or ended ids are ignored: a hold ends once."""
+
+
+class _Half(ABC):
+    def __init__(self, context: Context):
+        self.context = context
+
+    def close(self) -> None:
+        """Stop threads and close sockets, within `options.close_timeout` seconds; called once or more."""
+
+
+class SchedulerHalf(_Half):
+    """Common to both directions, in vLLM's scheduler process."""
+
+    def start(self, workers: list[dict[str, Any]]) -> None:
+        """All workers have registered their KV caches; `workers[rank]` is what `WorkerHalf.handshake` returned there.
+
+        Raises:
+            ConfigError: the server cannot start so, for example because a port is in use.
+        """
+
+    def reset(self) -> bool:
+        """vLLM's `reset_prefix_cache(reset_connector=True)`: forget what can be found. False when that is impossible."""
+        return True
+
+    def idle_work(self) -> bool:
+        """Whether vLLM must keep stepping although no request runs and nothing is held."""
+        return False
+
+
+class ConsumerScheduler(SchedulerHalf):
+    """Decides what is loaded."""
+
+    @abstractmethod
+    def find(self, request: RequestView, num_local_tokens: int) -> Hit | None | AskAgain:
+        """How much of the prompt can be loaded, given that vLLM has the first `num_local_tokens` itself.
+
+        Called once a step while the request waits: answer at once, the same each time unless the KV is gone (then `None`).
+        """
+
+    def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Any:
+        """vLLM allocated blocks for tokens up to `num_tokens` (at most the hit's); returns the `source` for the workers."""
+        return hit.source
+
+    def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
+        """All workers ended a granted load; `ok` when every block arrived."""
+
+    def forget(self, request: RequestView) -> None:
+        """The request will not load: aborted, covered locally, or out of time. Follows `find`, unless `granted` did."""
+
+
+class ProducerScheduler(SchedulerHalf):
+    """Decides what is kept or saved."""
+
+    holds: Holds
+    """Set by the lifecycle before `start`."""
+
+    def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
+        """A prompt was computed and the request ended well; `blocks` hold the prompt. Keep them for a consumer, or not."""
+        return None
+
+    def give_up(self, num_blocks: int) -> None:
+        """vLLM needs `num_blocks` blocks now: give back holds that nobody reads, the oldest first."""
+
+    def save_from(self, request: RequestView) -> int | None:
+        """From which prompt token on blocks are saved as they are computed; `None` (the default) for not at all."""
+        return None
+
+
+class WorkerHalf(_Half):
+    """Common to both directions, in each worker process."""
+
+    def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
+        """Here is the KV cache: layer name to tensor, and where each block's bytes lie."""
+
+    def handshake(self) -> dict[str, Any]:
+        """Plain values for `SchedulerHalf.start`, such as an address."""
+        return {}
+
+
+class ConsumerWorker(WorkerHalf):
+    """Loads blocks."""
+
+    @abstractmethod
+    def load(self, task: LoadTask) -> None:
+        """Start a load and return; end the task from any thread."""
+
+
+class ProducerWorker(WorkerHalf):
+    """Keeps or saves blocks."""
+
+    def kept(self, hold_id: str, blocks: BlockIds) -> None:
+        """A hold began: its blocks stay as they are until `let_go`."""
+
+    def let_go(self, hold_id: str) -> None:
+        """A hold ended: after this returns its blocks may be overwritten, and nothing read from them later counts."""
+
+    def save(self, task: SaveTask) -> None:
+        """Start a save and return; end the task from any thread. The blocks stay as they are until the task ends."""
+        task.fail(NotImplementedError(f"{type(self).__name__} answers save_from but has no save()"))
+
+
+class _Pair:
+    scheduler_half: ClassVar[type[SchedulerHalf]]
+    worker_half: ClassVar[type[WorkerHalf]]
+    option_names: ClassVar[frozenset[str]] = frozenset()
+    """Names in `kv_connector_extra_config` that are this connector's own; they arrive in `options.extra`."""
+
+
+class Consumer(_Pair):
+    """Names the two halves of a connector that loads: `scheduler_half` and `worker_half`."""
+
+
+class Producer(_Pair):
+    """Names the two halves of a connector that keeps or saves."""
+
+
+class Connector(Producer, Consumer):
+    """A connector for both directions, as vLLM's role `kv_both` is; `kv_role` says which of them a server uses."""

@@ -1,0 +1,200 @@
+"""Loads and saves: objects with a deadline that end exactly once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kvsdk.connector.interface import BlockIds
+from kvsdk.errors import KVError, TaskEnded
+
+
+class TaskState(enum.Enum):
+    OPEN = "open"
+    DONE = "done"
+    FAILED = "failed"
+    EXPIRED = "expired"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOrder:
+    """What the scheduler half tells each worker of a load; travels pickled in vLLM's step metadata.
+
+    Attributes:
+        load_id: unique in this server.
+        blocks: blocks to fill, one int32 array a KV cache group.
+        first_block: index, in the prompt, of the first of them.
+        num_tokens: tokens from the start of the prompt that are there after the load.
+        source: from `ConsumerScheduler.granted`.
+        timeout: seconds from the order's arrival at the worker.
+    """
+
+    load_id: int
+    request_id: str
+    blocks: BlockIds
+    first_block: int
+    num_tokens: int
+    source: Any
+    timeout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SaveOrder:
+    """What the scheduler half tells each worker of a save: `keys[i]` names block `blocks[0][i]`, 16 bytes each."""
+
+    save_id: int
+    request_id: str
+    blocks: BlockIds
+    first_block: int
+    num_tokens: int
+    keys: bytes
+    timeout: float
+
+
+class _Task:
+    """Ends once. `using()` guards the KV cache: after the end nothing may touch the task's blocks."""
+
+    def __init__(self, order: Any, deadline: float, fence: Any = None):
+        self.order, self.deadline = order, deadline
+        self.fence = fence
+        self.error: BaseException | None = None
+        self._state = TaskState.OPEN
+        self._lock = threading.Lock()
+
+    @property
+    def request_id(self) -> str:
+        return self.order.request_id
+
+    @property
+    def blocks(self) -> BlockIds:
+        """Block ids in this worker's KV cache, one int32 array a KV cache group."""
+        return self.order.blocks
+
+    @property
+    def first_block(self) -> int:
+        """Index, in the prompt, of `blocks[0][0]`."""
+        return self.order.first_block
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens from the start of the prompt to the end of the last block's content."""
+        return self.order.num_tokens
+
+    @property
+    def state(self) -> TaskState:
+        return self._state
+
+    @property
+    def ended(self) -> bool:
+        return self._state is not TaskState.OPEN
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Guards a read or write of the task's blocks: the task cannot end inside, so vLLM cannot reuse them meanwhile.
+
+        Keep it short (a copy, not a wait for a peer): the thread that runs the model may have to wait for it.
+
+        Raises:
+            TaskEnded: the task has ended; leave its blocks alone.
+        """
+        with self._lock:
+            if self.ended:
+                raise TaskEnded(f"{type(self).__name__} of request {self.request_id} is {self._state.value}")
+            yield
+
+    def _end(self, state: TaskState, error: BaseException | None = None) -> bool:
+        with self._lock:
+            if self.ended:
+                return False
+            self.error = error
+            self._state = state
+            return True
+
+    def done(self) -> None:
+        """Everything was moved.
+
+        Raises:
+            TaskEnded: the task has ended before.
+        """
+        if not self._end(TaskState.DONE):
+            raise TaskEnded(f"{type(self).__name__} of request {self.request_id} is {self._state.value}")
+
+    def expire(self, error: BaseException | None = None) -> bool:
+        """End the task from outside: its deadline passed, or nobody wants it any more. False when it had ended, or is in use now."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self.ended:
+                return False
+            self.error, self._state = error, TaskState.EXPIRED
+            return True
+        finally:
+            self._lock.release()
+
+
+class LoadTask(_Task):
+    """Fill `blocks` with KV from `source`."""
+
+    order: LoadOrder
+
+    def __init__(self, order: LoadOrder, deadline: float, fence: Any = None):
+        super().__init__(order, deadline, fence)
+        self.failed_blocks: np.ndarray = np.empty(0, np.int32)
+
+    @property
+    def source(self) -> Any:
+        return self.order.source
+
+    def fail(self, error: BaseException, failed: np.ndarray | None = None) -> None:
+        """Some blocks did not arrive.
+
+        Args:
+            error: why; it is logged.
+            failed: indices into each group's `blocks` that are not valid; all of them unless given.
+
+        Raises:
+            TaskEnded: the task has ended before.
+        """
+        every = np.concatenate(self.blocks)
+        chosen = every if failed is None else np.concatenate([ids[failed] for ids in self.blocks])
+        if failed is not None and not len(chosen):
+            raise ValueError("a failed load names at least one block, or leaves `failed` out")
+        with self._lock:
+            if self.ended:
+                raise TaskEnded(f"LoadTask of request {self.request_id} is {self._state.value}")
+            self.failed_blocks, self.error, self._state = chosen, error, TaskState.FAILED
+
+    @property
+    def invalid_blocks(self) -> np.ndarray:
+        """int32 array: blocks whose content must not be used."""
+        return np.concatenate(self.blocks) if self._state is TaskState.EXPIRED else self.failed_blocks
+
+
+class SaveTask(_Task):
+    """Copy `blocks` out of the KV cache; `keys[i]` names the i-th."""
+
+    order: SaveOrder
+
+    @property
+    def keys(self) -> bytes:
+        """16 bytes a block; the last one is the prompt's tail key when the last block is partial."""
+        return self.order.keys
+
+    def fail(self, error: BaseException) -> None:
+        """The blocks were not saved.
+
+        Raises:
+            TaskEnded: the task has ended before.
+        """
+        if not self._end(TaskState.FAILED, error):
+            raise TaskEnded(f"SaveTask of request {self.request_id} is {self._state.value}")
+
+
+class Cancelled(KVError):
+    """vLLM no longer wants a load: its request was aborted."""
