@@ -1,0 +1,47 @@
+"""The interface that connector authors subclass, and the lifecycle around it."""
+
+from kvsdk.connector.interface import (
+    ASK_AGAIN,
+    AskAgain,
+    BlockIds,
+    CacheGeometry,
+    Connector,
+    Consumer,
+    ConsumerScheduler,
+    ConsumerWorker,
+    Context,
+    Hit,
+    Holds,
+    Keep,
+    Producer,
+    ProducerScheduler,
+    ProducerWorker,
+    RequestView,
+    SchedulerHalf,
+    WorkerHalf,
+)
+from kvsdk.connector.tasks import LoadTask, SaveTask, TaskState
+
+__all__ = [
+    "ASK_AGAIN",
+    "AskAgain",
+    "BlockIds",
+    "CacheGeometry",
+    "Connector",
+    "Consumer",
+    "ConsumerScheduler",
+    "ConsumerWorker",
+    "Context",
+    "Hit",
+    "Holds",
+    "Keep",
+    "LoadTask",
+    "Producer",
+    "ProducerScheduler",
+    "ProducerWorker",
+    "RequestView",
+    "SaveTask",
+    "SchedulerHalf",
+    "TaskState",
+    "WorkerHalf",
+]

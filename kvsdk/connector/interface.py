@@ -246,6 +246,10 @@ class WorkerHalf(_Half):
         """Plain values for `SchedulerHalf.start`, such as an address."""
         return {}
 
+    def take_counters(self) -> dict[str, float]:
+        """What was counted since the last call, by name; shown in vLLM's log and at `/metrics` as `kvsdk_<name>_total`."""
+        return {}
+
 
 class ConsumerWorker(WorkerHalf):
     """Loads blocks."""

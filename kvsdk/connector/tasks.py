@@ -33,6 +33,7 @@ class LoadOrder:
         num_tokens: tokens from the start of the prompt that are there after the load.
         source: from `ConsumerScheduler.granted`.
         timeout: seconds from the order's arrival at the worker.
+        error: set when `granted` raised; the workers fail the load.
     """
 
     load_id: int
@@ -42,6 +43,7 @@ class LoadOrder:
     num_tokens: int
     source: Any
     timeout: float
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

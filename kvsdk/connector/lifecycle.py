@@ -1,0 +1,576 @@
+"""The lifecycle of requests and blocks around a connector's two halves, written once for every connector and vLLM release.
+
+`SchedulerLifecycle` runs in vLLM's scheduler process, `WorkerLifecycle` in each worker; each step, `Orders` travel from the one to
+the others, and finished loads and saves travel back. Nothing here imports vLLM: `kvsdk.vllm.binding` translates.
+
+All methods are called from the thread that vLLM calls a connector from, except where they say otherwise.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvsdk.connector.interface import (
+    ASK_AGAIN,
+    AskAgain,
+    BlockIds,
+    ConsumerScheduler,
+    ConsumerWorker,
+    Context,
+    Hit,
+    Holds,
+    ProducerScheduler,
+    ProducerWorker,
+    RequestView,
+    SchedulerHalf,
+    WorkerHalf,
+)
+from kvsdk.connector.tasks import Cancelled, LoadOrder, LoadTask, SaveOrder, SaveTask, TaskState
+from kvsdk.errors import DeadlineExceeded, KVError, TaskEnded
+
+logger = logging.getLogger("kvsdk.lifecycle")
+
+KEY_BYTES = 16
+
+
+@dataclasses.dataclass
+class Orders:
+    """What the scheduler process tells the workers in one step."""
+
+    loads: list[LoadOrder] = dataclasses.field(default_factory=list)
+    saves: list[SaveOrder] = dataclasses.field(default_factory=list)
+    kept: list[tuple[str, BlockIds]] = dataclasses.field(default_factory=list)
+    let_go: list[str] = dataclasses.field(default_factory=list)
+    cancelled: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class ScheduledRequest:
+    """One request of a step.
+
+    Attributes:
+        blocks: new block ids, one list a KV cache group; `None` when none are new.
+        replace: `blocks` is the whole table (a new or resumed request) rather than what is appended.
+        num_computed: tokens computed before this step.
+        num_scheduled: tokens that this step computes.
+    """
+
+    id: str
+    blocks: Sequence[Sequence[int]] | None
+    replace: bool
+    num_computed: int
+    num_scheduled: int
+
+
+class BlockPool(Protocol):
+    """vLLM's block pool, as far as holds need it."""
+
+    def hold(self, block_ids: np.ndarray) -> None:
+        """Add a reference to each block."""
+
+    def give_back(self, block_ids: np.ndarray) -> None:
+        """Drop a reference to each block."""
+
+    def num_free(self) -> int:
+        """Blocks that vLLM can allocate now."""
+
+
+class _Stage(enum.Enum):
+    NEW = enum.auto()  # find() has not decided
+    FOUND = enum.auto()  # find() gave a hit; vLLM has not allocated
+    LOADING = enum.auto()  # granted
+    SETTLED = enum.auto()  # loaded, failed, declined: nothing more is loaded for this request
+
+
+@dataclasses.dataclass
+class _Tracked:
+    view: RequestView
+    num_tokens: Callable[[], int]
+    loadable: bool
+    stage: _Stage = _Stage.NEW
+    hit: Hit | None = None
+    num_local: int = 0  # tokens that vLLM had itself when it was told of the hit
+    find_deadline: float | None = None
+    load: LoadOrder | None = None
+    aborted: bool = False
+    asked: int = 0  # times in a row that vLLM asked without allocating
+    table: list[list[int]] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    running: bool = False
+    save_from: int | None = None
+    saved_blocks: int = 0
+    failed: bool = False
+
+    def failed_in(self, invalid_blocks: set[int]) -> bool:
+        """Whether one of the load's blocks is among these, now or in an earlier step."""
+        if invalid_blocks and self.load is not None and not self.failed:
+            self.failed = any(not invalid_blocks.isdisjoint(ids.tolist()) for ids in self.load.blocks)
+        return self.failed
+
+
+class _Ledger:
+    """Blocks held, by hold id. A block that two holds share has two references in vLLM's pool and counts once here."""
+
+    def __init__(self, pool: BlockPool, num_blocks: int):
+        self._pool = pool
+        self._references = np.zeros(num_blocks, np.int32)
+        self._holds: dict[str, np.ndarray] = {}
+
+    def hold(self, hold_id: str, block_ids: np.ndarray) -> None:
+        if hold_id in self._holds:
+            raise ValueError(f"hold {hold_id} exists")
+        self._pool.hold(block_ids)
+        self._references[block_ids] += 1
+        self._holds[hold_id] = block_ids
+
+    def give_back(self, hold_id: str) -> bool:
+        block_ids = self._holds.pop(hold_id, None)
+        if block_ids is None:
+            return False
+        self._references[block_ids] -= 1
+        # The last block first: vLLM evicts in this order, and a prefix is worth more than its end.
+        self._pool.give_back(block_ids[::-1])
+        return True
+
+    def __contains__(self, hold_id: str) -> bool:
+        return hold_id in self._holds
+
+    @property
+    def num_blocks(self) -> int:
+        return int(np.count_nonzero(self._references))
+
+    @property
+    def num_holds(self) -> int:
+        return len(self._holds)
+
+
+class _Holds(Holds):
+    """Collects ends of holds from any thread; the scheduler's thread carries them out."""
+
+    def __init__(self) -> None:
+        self._ended: collections.deque[str] = collections.deque()
+
+    def give_back(self, hold_id: str) -> None:
+        self._ended.append(hold_id)
+
+    def take(self) -> list[str]:
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        return ended
+
+
+class SchedulerLifecycle:
+    """Follows every request from arrival to the last of its blocks.
+
+    Args:
+        half: the connector's scheduler half.
+        context: as given to the half.
+        find_timeout: seconds that `find` may answer *ask again* before the request is computed here.
+        load_timeout: seconds for a load or a save, from its arrival at the worker.
+    """
+
+    def __init__(self, half: SchedulerHalf, context: Context, *, consumer: bool, producer: bool, find_timeout: float, load_timeout: float):
+        self._half, self._context = half, context
+        self._consumer = half if consumer and isinstance(half, ConsumerScheduler) else None
+        self._producer = half if producer and isinstance(half, ProducerScheduler) else None
+        self._find_timeout, self._load_timeout = find_timeout, load_timeout
+        self._clock = context.clock
+        self._requests: dict[str, _Tracked] = {}
+        self._loads: dict[str, _Tracked] = {}  # by request id, also after an abort, until the workers reported
+        self._saves: dict[int, int] = {}  # save id -> workers that have not reported
+        self._orders = Orders()
+        self._ids = itertools.count(1)
+        self._ledger: _Ledger | None = None
+        self._pool: BlockPool | None = None
+        self._holds = _Holds()
+        if self._producer is not None:
+            self._producer.holds = self._holds
+
+    # ---- set-up
+
+    def bind_pool(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._ledger = _Ledger(pool, self._context.cache.num_blocks)
+
+    def start(self, workers: list[dict[str, Any]]) -> None:
+        self._half.start(workers)
+
+    # ---- a request's way
+
+    def add(self, view: RequestView, *, num_tokens: Callable[[], int], loadable: bool) -> None:
+        """A request arrived. `loadable` is false for requests that must compute their prompt (prompt logprobs and the like)."""
+        tracked = _Tracked(view, num_tokens, loadable and self._consumer is not None)
+        if self._producer is not None:
+            tracked.save_from = self._ask(self._producer.save_from, view)
+            if tracked.save_from is not None:
+                tracked.saved_blocks = tracked.save_from // view.block_size
+        self._requests[view.id] = tracked
+
+    def matched(self, request_id: str, num_local: int, *, resumed: bool) -> tuple[int | None, bool]:
+        """vLLM's `get_num_new_matched_tokens`: how many tokens past the local ones can be loaded, and whether that is asynchronous."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return 0, False
+        tracked.running = False
+        answer = self._match(tracked, num_local, resumed)
+        if answer is None:
+            return None, False
+        tracked.asked += 1
+        if self._has_holds:
+            block_size = self._context.cache.block_size
+            needed = -(-tracked.num_tokens() // block_size) - num_local // block_size
+            # Asked before, and not allocated: vLLM also reserves for others. Then every unread hold goes.
+            self._make_room(needed + self._growth() if tracked.asked == 1 else self._context.cache.num_blocks)
+        return answer, answer > 0
+
+    def _match(self, tracked: _Tracked, num_local: int, resumed: bool) -> int | None:
+        if not tracked.loadable or self._consumer is None or tracked.stage in (_Stage.SETTLED, _Stage.LOADING):
+            return 0
+        view, block_size = tracked.view, self._context.cache.block_size
+        # A prompt of one token must be computed whatever is loaded: vLLM would step back to zero and ask for ever.
+        if resumed or view.num_prompt_tokens < 2 or num_local % block_size or num_local >= view.num_prompt_tokens:
+            return self._decline(tracked)
+        now = self._clock()
+        if tracked.find_deadline is None:
+            tracked.find_deadline = now + self._find_timeout
+        hit = self._ask(self._consumer.find, view, num_local)
+        if isinstance(hit, AskAgain):
+            if now < tracked.find_deadline:
+                return None
+            logger.warning("request %s: no answer within %.3g s; its prompt is computed here", view.id, self._find_timeout)
+            return self._decline(tracked)
+        if hit is None or hit.num_tokens <= num_local:
+            return self._decline(tracked)
+        if hit.num_tokens > view.num_prompt_tokens or (hit.num_tokens % block_size and hit.num_tokens != view.num_prompt_tokens):
+            logger.error(
+                "%s.find answered %d tokens for a prompt of %d with blocks of %d: neither whole blocks nor the whole prompt; ignored",
+                type(self._consumer).__name__, hit.num_tokens, view.num_prompt_tokens, block_size,
+            )  # fmt: skip
+            return self._decline(tracked)
+        tracked.stage, tracked.hit, tracked.num_local = _Stage.FOUND, hit, num_local
+        return hit.num_tokens - num_local
+
+    def _decline(self, tracked: _Tracked) -> int:
+        if tracked.stage in (_Stage.NEW, _Stage.FOUND):
+            asked = tracked.find_deadline is not None
+            tracked.stage, tracked.hit = _Stage.SETTLED, None
+            if asked and self._consumer is not None:
+                self._ask(self._consumer.forget, tracked.view)
+        return 0
+
+    def allocated(self, request_id: str, blocks: Sequence[Sequence[int]], num_external: int) -> None:
+        """vLLM's `update_state_after_alloc`, with all blocks of the request, local hits first. vLLM may have shrunk `num_external`."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return
+        tracked.asked = 0
+        tracked.table = [list(ids) for ids in blocks]
+        if tracked.stage is not _Stage.FOUND:
+            return
+        if not num_external:
+            self._decline(tracked)
+            return
+        assert tracked.hit is not None and self._consumer is not None
+        block_size = self._context.cache.block_size
+        num_tokens = tracked.num_local + num_external
+        first, last = tracked.num_local // block_size, -(-num_tokens // block_size)
+        error, source = None, None
+        try:
+            source = self._consumer.granted(tracked.view, tracked.hit, num_tokens)
+        except Exception as raised:  # vLLM waits for this load by now: it must end, so the workers fail it
+            logger.exception("granting a load of request %s failed", request_id)
+            error = f"{type(raised).__name__}: {raised}"
+        tracked.load = LoadOrder(
+            load_id=next(self._ids),
+            request_id=request_id,
+            blocks=tuple(np.asarray(ids[first:last], np.int32) for ids in blocks),
+            first_block=first,
+            num_tokens=num_tokens,
+            source=source,
+            timeout=self._load_timeout,
+            error=error,
+        )
+        tracked.stage = _Stage.LOADING
+        self._loads[request_id] = tracked
+        self._orders.loads.append(tracked.load)
+
+    def finished(self, request_id: str, blocks: Sequence[Sequence[int]], *, well: bool) -> dict[str, Any] | None:
+        """vLLM's `request_finished`. `well` is false for aborts and errors. Returns the response's `kv_transfer_params`.
+
+        Blocks that the connector keeps are referenced in the pool here, so that vLLM frees its own reference at once: the answer to
+        *delay the free* is always no.
+        """
+        tracked = self._requests.pop(request_id, None)
+        if tracked is None:
+            return None
+        if tracked.stage is _Stage.LOADING:
+            # vLLM keeps these blocks until every worker has reported the load; the workers stop as soon as they hear of it.
+            assert tracked.load is not None
+            tracked.aborted = True
+            self._orders.cancelled.append(tracked.load.load_id)
+            return None
+        self._decline(tracked)
+        view = tracked.view
+        if not well or self._producer is None or self._ledger is None or view.num_prompt_tokens < 2:
+            return None
+        num_blocks = view.num_prompt_blocks
+        # A request preempted in its last step ends with fewer blocks than its prompt has: there is nothing to hand over.
+        if any(len(ids) < num_blocks for ids in blocks):
+            return None
+        kept = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in blocks)
+        keep = self._ask(self._producer.finished, view, kept)
+        if keep is None:
+            return None
+        self._ledger.hold(keep.hold_id, np.concatenate(kept))
+        self._orders.kept.append((keep.hold_id, kept))
+        return dict(keep.params) if keep.params is not None else None
+
+    # ---- a step
+
+    def step(self, scheduled: Iterable[ScheduledRequest], preempted: Iterable[str]) -> Orders:
+        """vLLM's `build_connector_meta`: takes the step's block tables, returns what the workers are told in it."""
+        for request_id in preempted:
+            tracked = self._requests.get(request_id)
+            if tracked is not None:
+                tracked.running, tracked.table, tracked.num_computed = False, [], 0
+        for entry in scheduled:
+            tracked = self._requests.get(entry.id)
+            if tracked is None:
+                continue
+            tracked.running = True
+            if entry.replace:
+                tracked.table = [list(ids) for ids in entry.blocks or ()]
+            elif entry.blocks is not None:
+                for ids, new in zip(tracked.table, entry.blocks, strict=True):
+                    ids.extend(new)
+            if tracked.save_from is not None:
+                self._save(tracked, entry)
+            tracked.num_computed = entry.num_computed + entry.num_scheduled
+        if self._has_holds:
+            self._make_room(self._growth())
+        self._carry_out_ends()
+        orders, self._orders = self._orders, Orders()
+        return orders
+
+    def _save(self, tracked: _Tracked, entry: ScheduledRequest) -> None:
+        assert self._ledger is not None
+        view, block_size = tracked.view, self._context.cache.block_size
+        if entry.num_computed < tracked.num_computed:
+            # Recomputed after a failed load or a preemption: what was saved past this point may not have been.
+            tracked.saved_blocks = min(tracked.saved_blocks, max(entry.num_computed // block_size, (tracked.save_from or 0) // block_size))
+        end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
+        last = -(-end // block_size) if end == view.num_prompt_tokens else end // block_size
+        first = tracked.saved_blocks
+        if last <= first:
+            return
+        blocks = tuple(np.asarray(ids[first:last], np.int32) for ids in tracked.table)
+        keys = view.keys
+        names = keys.blocks + keys.tail
+        order = SaveOrder(
+            save_id=next(self._ids), request_id=view.id, blocks=blocks, first_block=first, num_tokens=end,
+            keys=names[first * KEY_BYTES : last * KEY_BYTES], timeout=self._load_timeout,
+        )  # fmt: skip
+        self._ledger.hold(f"save {order.save_id}", np.concatenate(blocks))
+        self._saves[order.save_id] = self._context.world_size
+        self._orders.saves.append(order)
+        tracked.saved_blocks = last
+
+    def reported(self, finished_loads: Iterable[str], invalid_blocks: set[int], ended_saves: dict[int, int]) -> None:
+        """vLLM's `update_connector_output`: what the workers reported. `finished_loads` are complete over all workers;
+        `ended_saves` counts workers by save id."""
+        for request_id in finished_loads:
+            tracked = self._loads.pop(request_id, None)
+            if tracked is None or tracked.load is None or tracked.hit is None or self._consumer is None:
+                continue
+            tracked.stage = _Stage.SETTLED
+            ok = not tracked.aborted and not tracked.failed_in(invalid_blocks)
+            self._ask(self._consumer.load_ended, tracked.view, tracked.hit, ok)
+        for tracked in self._loads.values():
+            tracked.failed_in(invalid_blocks)
+        for save_id, count in ended_saves.items():
+            if save_id not in self._saves:
+                continue
+            self._saves[save_id] -= count
+            if self._saves[save_id] <= 0:
+                del self._saves[save_id]
+                self._holds.give_back(f"save {save_id}")
+        self._carry_out_ends()
+
+    def _ask(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call the author's half. An error there costs this request its transfer, never vLLM its engine."""
+        try:
+            return method(*args)
+        except Exception:
+            logger.exception("%s failed; going on without it", getattr(method, "__qualname__", method))
+            return None
+
+    # ---- room for vLLM
+
+    @property
+    def _has_holds(self) -> bool:
+        return self._ledger is not None and self._ledger.num_holds > 0
+
+    def _growth(self) -> int:
+        """Blocks that the requests which vLLM runs now, or is about to, may need in its next step."""
+        block_size, budget = self._context.cache.block_size, self._context.cache.max_num_batched_tokens
+        need = 0
+        for tracked in self._requests.values():
+            if tracked.running or tracked.stage is _Stage.LOADING:
+                computed = tracked.num_computed if tracked.running else (tracked.load.num_tokens if tracked.load else 0)
+                coming = max(1, min(tracked.num_tokens() - computed, budget)) + 1
+                need += max(0, -(-(computed + coming) // block_size) - (len(tracked.table[0]) if tracked.table else 0))
+        return need
+
+    def _make_room(self, num_blocks: int) -> None:
+        if self._pool is None or self._producer is None:
+            return
+        self._carry_out_ends()
+        missing = num_blocks - self._pool.num_free()
+        if missing > 0 and self._has_holds:
+            self._ask(self._producer.give_up, missing)
+            self._carry_out_ends()
+
+    def _carry_out_ends(self) -> None:
+        for hold_id in self._holds.take():
+            if self._ledger is not None and self._ledger.give_back(hold_id):
+                self._orders.let_go.append(hold_id)
+
+    # ---- the rest
+
+    @property
+    def pending(self) -> bool:
+        """Whether vLLM must keep stepping although it runs nothing: blocks are held, or workers have not been told."""
+        return (
+            self._has_holds
+            or bool(self._orders.let_go or self._orders.kept or self._orders.cancelled)
+            or self._half.idle_work()
+        )
+
+    @property
+    def num_held_blocks(self) -> int:
+        return self._ledger.num_blocks if self._ledger is not None else 0
+
+    def reset(self) -> bool:
+        if not self._half.reset():
+            return False
+        self._carry_out_ends()
+        return True
+
+    def close(self) -> None:
+        self._half.close()
+
+
+class WorkerLifecycle:
+    """Carries out orders in one worker and collects what ended."""
+
+    def __init__(self, half: WorkerHalf, context: Context, *, fence: Callable[[], Any] = lambda: None):
+        self._half, self._clock, self._fence = half, context.clock, fence
+        self._consumer = half if isinstance(half, ConsumerWorker) else None
+        self._producer = half if isinstance(half, ProducerWorker) else None
+        self._orders: Orders | None = None
+        self._loads: dict[int, LoadTask] = {}
+        self._saves: dict[int, SaveTask] = {}
+        self.counters: collections.Counter[str] = collections.Counter()
+
+    def begin(self, orders: Orders) -> None:
+        """First call of a step: nothing of the step has been written to the KV cache yet."""
+        self._orders = orders
+        if self._producer is not None:
+            for hold_id, blocks in orders.kept:
+                self._producer.kept(hold_id, blocks)
+            for hold_id in orders.let_go:
+                self._producer.let_go(hold_id)
+        for load_id in orders.cancelled:
+            task = self._loads.get(load_id)
+            if task is not None:
+                task.expire(Cancelled(f"request {task.request_id} was aborted"))
+
+    def start_loads(self) -> None:
+        if self._orders is None or not self._orders.loads:
+            return
+        loads, self._orders.loads = self._orders.loads, []
+        for order in loads:
+            task = LoadTask(order, self._clock() + order.timeout, self._fence())
+            self._loads[order.load_id] = task
+            self._hand_over(self._consumer.load if self._consumer is not None else None, task)
+
+    def start_saves(self) -> None:
+        """After the step's forward; vLLM up to 0.30 does not call this in empty steps, so `poll` does it again."""
+        if self._orders is None or not self._orders.saves:
+            return
+        saves, self._orders.saves = self._orders.saves, []
+        for order in saves:
+            task = SaveTask(order, self._clock() + order.timeout, self._fence())
+            self._saves[order.save_id] = task
+            self._hand_over(self._producer.save if self._producer is not None else None, task)
+
+    def _hand_over(self, start: Callable[[Any], None] | None, task: LoadTask | SaveTask) -> None:
+        try:
+            if getattr(task.order, "error", None):
+                raise KVError(task.order.error)
+            if start is None:
+                raise NotImplementedError(f"{type(self._half).__name__} cannot carry out {type(task).__name__}")
+            start(task)
+        except Exception as error:  # an author's error fails the task, not the engine
+            logger.exception("%s of request %s failed to start", type(task).__name__, task.request_id)
+            try:
+                task.fail(error)
+            except TaskEnded:
+                logger.debug("task of request %s had ended before it raised", task.request_id)
+
+    def poll(self) -> tuple[set[str], set[int]]:
+        """(request ids whose load ended here, block ids that must not be used). Each load is reported once."""
+        self.start_loads()
+        self.start_saves()
+        now = self._clock()
+        finished: set[str] = set()
+        invalid: set[int] = set()
+        for load_id, task in list(self._loads.items()):
+            if not task.ended and now >= task.deadline:
+                task.expire(DeadlineExceeded(f"the load took longer than {task.order.timeout:.3g} s"))
+            if not task.ended:
+                continue
+            del self._loads[load_id]
+            finished.add(task.request_id)
+            self.counters[f"loads_{task.state.value}"] += 1
+            bad = task.invalid_blocks
+            if task.state is not TaskState.DONE:
+                invalid.update(bad.tolist())
+                if not isinstance(task.error, Cancelled):
+                    total = sum(map(len, task.blocks))
+                    logger.warning("request %s: %d of %d blocks did not load: %s", task.request_id, len(bad), total, task.error)
+        for task in self._saves.values():
+            if not task.ended and now >= task.deadline:
+                task.expire(DeadlineExceeded(f"the save took longer than {task.order.timeout:.3g} s"))
+        return finished, invalid
+
+    def take_ended_saves(self) -> list[int]:
+        """Save ids that ended here, each once."""
+        ended = [save_id for save_id, task in self._saves.items() if task.ended]
+        for save_id in ended:
+            task = self._saves.pop(save_id)
+            self.counters[f"saves_{task.state.value}"] += 1
+            if task.state is not TaskState.DONE:
+                logger.warning("request %s: %d blocks were not saved: %s", task.request_id, sum(map(len, task.blocks)), task.error)
+        return ended
+
+    @property
+    def num_open(self) -> int:
+        return len(self._loads) + len(self._saves)
+
+    def end_step(self) -> None:
+        self._orders = None
+
+    def close(self) -> None:
+        for task in (*self._loads.values(), *self._saves.values()):
+            task.expire(Cancelled("the worker closes"))
+        self._half.close()
