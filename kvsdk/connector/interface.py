@@ -192,9 +192,8 @@ class SchedulerHalf(_Half):
         """vLLM's `reset_prefix_cache(reset_connector=True)`: forget what can be found. False when that is impossible."""
         return True
 
-    def idle_work(self) -> bool:
-        """Whether vLLM must keep stepping although no request runs and nothing is held."""
-        return False
+    def tick(self) -> None:
+        """Called in every step, and before vLLM allocates blocks: the place to give back holds that ended meanwhile."""
 
 
 class ConsumerScheduler(SchedulerHalf):

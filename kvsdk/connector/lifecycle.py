@@ -440,6 +440,7 @@ class SchedulerLifecycle:
             self._carry_out_ends()
 
     def _carry_out_ends(self) -> None:
+        self._ask(self._half.tick)
         for hold_id in self._holds.take():
             if self._ledger is not None and self._ledger.give_back(hold_id):
                 self._orders.let_go.append(hold_id)
@@ -452,7 +453,6 @@ class SchedulerLifecycle:
         return (
             self._has_holds
             or bool(self._orders.let_go or self._orders.kept or self._orders.cancelled)
-            or self._half.idle_work()
         )
 
     @property

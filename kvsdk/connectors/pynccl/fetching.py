@@ -1,0 +1,245 @@
+"""The consumer's worker: reads offered blocks from producers' workers, a thread for each producer."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+
+from kvsdk.connector.tasks import LoadTask
+from kvsdk.connectors.pynccl.channel import Channel
+from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT
+from kvsdk.errors import KVError, ProtocolError, TaskEnded
+from kvsdk.kernels import BlockStore
+from kvsdk.pipe import Pipe
+
+logger = logging.getLogger("kvsdk.pynccl")
+
+IDLE_SECONDS = 120.0
+"""A pair that loads nothing for so long is closed; the next load opens a new one."""
+
+
+def local_ip_towards(address: str) -> str:
+    """This host's address on the way to `host:port`; sends nothing."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))
+        return probe.getsockname()[0]
+
+
+class Fetcher:
+    """Loads from one producer's worker, one task after the other.
+
+    Args:
+        address: `host:port` of the producer's worker.
+        join: makes the consumer's end of a pipe from an invitation: `join(invite, bind_ip, deadline)`.
+        on_idle: called by the thread when it ends.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        store: BlockStore,
+        *,
+        kind: str,
+        join: Callable[[dict[str, Any], str, float], Pipe],
+        staging_bytes: int,
+        verify: bool,
+        counters: Counter[str],
+    ):
+        self.address = address
+        self._store, self._kind, self._join, self._verify, self._counters = store, kind, join, verify, counters
+        self._chunk = max(1, staging_bytes // store.staging_bytes(1))
+        self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._zmq = zmq.Context()
+        self._pipe: Pipe | None = None
+        self._channel: Channel | None = None
+        self._staging: torch.Tensor | None = None
+        self._read_id = 0
+        self._thread = threading.Thread(target=self._run, name=f"kvsdk-fetch-{address}", daemon=True)
+        self._thread.start()
+
+    def load(self, task: LoadTask) -> None:
+        """Queue a load; never waits."""
+        self._tasks.put(task)
+        if not self._thread.is_alive():
+            self._fail_queued(KVError(f"the thread that loads from {self.address} has ended"))
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stop.is_set()
+
+    def _run(self) -> None:
+        try:
+            if self._store.device.type == "cuda":
+                torch.cuda.set_device(self._store.device)
+            stream = torch.cuda.Stream(self._store.device) if self._store.device.type == "cuda" else None
+            with torch.cuda.stream(stream):
+                while not self._stop.is_set():
+                    try:
+                        task = self._tasks.get(timeout=IDLE_SECONDS)
+                    except queue.Empty:
+                        self._disconnect()
+                        continue
+                    if task is not None and not task.ended:
+                        self._load(task)
+        except Exception as error:
+            logger.exception("the thread that loads from %s failed", self.address)
+            self._stop.set()
+            self._fail_queued(error)
+        finally:
+            self._disconnect()
+
+    def _fail_queued(self, error: Exception) -> None:
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            if task is not None:
+                _fail(task, error)
+
+    def _load(self, task: LoadTask) -> None:
+        began = time.monotonic()
+        try:
+            self._connect_if_needed(task.deadline)
+            self._fetch(task)
+        except TaskEnded:
+            logger.info("the load of request %s was given up", task.request_id)
+        except KVError as error:
+            self._disconnect()
+            _fail(task, error)
+        except Exception as error:
+            logger.exception("loading from %s failed", self.address)
+            self._disconnect()
+            _fail(task, error)
+        self._counters["load_seconds"] += time.monotonic() - began
+
+    def _connect_if_needed(self, deadline: float) -> None:
+        if self._channel is not None:
+            try:
+                self._channel.poll(0)
+                return
+            except KVError:
+                self._disconnect()
+        began = time.monotonic()
+        deadline = min(deadline, began + PAIR_TIMEOUT)
+        opening = Channel(self._zmq, address=self.address)
+        try:
+            opening.send("open", kind=self._kind, timeout=deadline - began)
+            kind, fields = opening.recv(deadline)
+        finally:
+            opening.close()
+        if kind == "refused":
+            raise KVError(f"{self.address} refused to pair: {fields['reason']}")
+        if kind != "invited":
+            raise ProtocolError(f"{self.address} answered {kind}")
+        self._channel = Channel(self._zmq, address=fields["control"])
+        self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
+        logger.info("paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3)
+
+    def _fetch(self, task: LoadTask) -> None:
+        assert self._channel is not None and self._pipe is not None
+        source: Source = task.source
+        (block_ids,) = task.blocks
+        first, total = task.first_block, len(block_ids)
+        self._read_id += 1
+        if self._staging is None:
+            self._staging = self._store.staging(self._chunk)
+        self._channel.send(
+            "read", read_id=self._read_id, transfer_id=source.transfer_id, first=first, count=total,
+            timeout=max(0.0, task.deadline - time.monotonic()),
+        )  # fmt: skip
+        bad: list[np.ndarray] = []
+        reason: Exception | None = None
+        received, stopped = 0, False
+        while received < total:
+            kind, fields = self._channel.recv(task.deadline)
+            if kind == "failed" and fields["read_id"] == self._read_id:
+                reason = KVError(f"{self.address}: {fields['reason']}")
+                bad.append(np.arange(received, total))
+                break
+            n = fields.get("count", 0)
+            if kind != "chunk" or fields["read_id"] != self._read_id or not 0 < n <= min(self._chunk, total - received):
+                raise ProtocolError(f"{self.address} sent {kind} out of turn")
+            part = self._staging[: self._store.staging_bytes(n)]
+            self._pipe.recv(part, task.deadline)
+            if not stopped:
+                try:
+                    wrong = self._write(task, block_ids[received : received + n], part, fields["digests"], first + received)
+                except TaskEnded:
+                    self._channel.send("stop", read_id=self._read_id)
+                    stopped = True
+                else:
+                    if len(wrong):
+                        bad.append(wrong + received)
+                        reason = KVError(f"{len(wrong)} blocks from {self.address} do not match their digests")
+                        self._counters["corrupt_blocks"] += len(wrong)
+            received += n
+        if stopped:
+            raise TaskEnded(f"load of request {task.request_id}")
+        if reason is not None:
+            _fail(task, reason, np.concatenate(bad))
+        else:
+            self._counters["loaded_blocks"] += total
+            self._counters["loaded_bytes"] += self._store.staging_bytes(total)
+            task.done()
+
+    def _write(self, task: LoadTask, block_ids: np.ndarray, part: torch.Tensor, digests: bytes, first: int) -> np.ndarray:
+        """Check a chunk and write what is right into the KV cache; returns the indices of what is not."""
+        n = len(block_ids)
+        select: np.ndarray | None = None
+        wrong = np.empty(0, np.int64)
+        if self._verify:
+            if len(digests) != 8 * n:
+                raise ProtocolError(f"{self.address} sent {len(digests)} bytes of digests for {n} blocks")
+            right = self._store.digest(part, n, np.arange(first, first + n)) == np.frombuffer(digests, "<u8")
+            wrong, select = np.flatnonzero(~right), np.flatnonzero(right)
+        with task.using():
+            if task.fence is not None:
+                torch.cuda.current_stream().wait_event(task.fence)
+            if select is None or len(select):
+                self._store.scatter(block_ids, part, None if select is None or len(select) == n else select)
+            if part.is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return wrong
+
+    def _disconnect(self) -> None:
+        channel, pipe = self._channel, self._pipe
+        self._channel = self._pipe = None
+        if channel is not None:
+            try:
+                channel.send("bye")
+            except KVError as error:
+                logger.debug("%s: %s", self.address, error)
+            channel.close()
+        if pipe is not None:
+            pipe.close(time.monotonic() + 2.0)
+
+    def close(self, timeout: float) -> None:
+        """Bounded by `timeout` seconds; twice is fine. Queued loads fail."""
+        self._stop.set()
+        self._tasks.put(None)
+        pipe = self._pipe
+        if pipe is not None:
+            pipe.abort()
+        self._thread.join(timeout)
+        self._fail_queued(KVError("the worker closes"))
+
+
+def _fail(task: LoadTask, error: Exception, failed: np.ndarray | None = None) -> None:
+    try:
+        task.fail(error, failed)
+    except TaskEnded:
+        logger.debug("the load of request %s had ended before it failed: %s", task.request_id, error)

@@ -1,0 +1,50 @@
+"""What the workers of two servers say to each other beside the blocks themselves, and how servers compare before they pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from kvsdk.buffer.wire import Field, Wire
+from kvsdk.layout import check_same
+
+_ID = Field(str, limit=64)
+
+WORKER_WIRE = Wire(
+    "kvsdk.worker/1",
+    {
+        # consumer -> producer, to the worker's listener; answered once
+        "open": {"kind": _ID, "timeout": float},
+        "invited": {"invite": dict, "control": Field(str, limit=256)},
+        "refused": {"reason": str},
+        # consumer -> producer, on the pair's own channel
+        "read": {"read_id": int, "transfer_id": Field(str, limit=1024), "first": int, "count": int, "timeout": float},
+        "stop": {"read_id": int},
+        "bye": {},
+        # producer -> consumer: each chunk goes before its bytes in the pipe; digests are 8 bytes a block, little-endian
+        "chunk": {"read_id": int, "count": int, "digests": bytes},
+        "failed": {"read_id": int, "reason": str},
+    },
+)
+
+COMPARED = ("protocol", "model", "parallel", "layout", "digest", "pipe")
+"""What must be equal on two servers, in the order in which a difference is named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a load's blocks are; travels from the consumer's scheduler half to its workers.
+
+    Attributes:
+        addresses: `host:port` of the producer's workers, by rank.
+        transfer_id: names the offer.
+    """
+
+    addresses: tuple[str, ...]
+    transfer_id: str
+
+
+def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raises MismatchError with the first field that differs."""
+    check_same({name: ours[name] for name in COMPARED}, {name: theirs.get(name) for name in COMPARED if name in theirs})

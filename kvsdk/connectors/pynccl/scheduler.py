@@ -1,0 +1,222 @@
+"""The scheduler half: offers on the producer, claims on the consumer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from kvsdk.buffer.client import BufferClient, Pending, RemoteClaim
+from kvsdk.buffer.lookup import BufferFull, LookupBuffer
+from kvsdk.buffer.server import BufferServer
+from kvsdk.connector.interface import (
+    ASK_AGAIN,
+    AskAgain,
+    BlockIds,
+    ConsumerScheduler,
+    Context,
+    Hit,
+    Keep,
+    ProducerScheduler,
+    RequestView,
+)
+from kvsdk.connectors.pynccl.protocol import Source, compare
+from kvsdk.errors import ConfigError, OfferTooLarge
+from kvsdk.kernels import DIGEST_ALGORITHM
+from kvsdk.transfer_params import Role, classify, offer_params
+
+logger = logging.getLogger("kvsdk.pynccl")
+
+
+class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
+    """Keeps a finished prompt's blocks for a consumer, and claims other servers' offers."""
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        options, cache = context.options, context.cache
+        self._buffer: LookupBuffer | None = None
+        self._server: BufferServer | None = None
+        self._client: BufferClient | None = None
+        self._producers_file = _ProducersFile(options.producers_file) if options.is_consumer and options.producers_file else None
+        self._claims: dict[str, RemoteClaim] = {}
+        self._asked: set[str] = set()
+        if options.is_producer:
+            if options.kv_buffer_size < cache.block_bytes:
+                raise ConfigError(
+                    f"kv_buffer_size={options.kv_buffer_size} holds no block: one takes {cache.block_bytes} bytes; "
+                    f"set kv_buffer_size to at least {cache.block_bytes}"
+                )
+            self._buffer = LookupBuffer(
+                limit_bytes=int(options.kv_buffer_size), block_bytes=cache.block_bytes, lease=options.lease, clock=context.clock
+            )
+
+    def start(self, workers: list[dict[str, Any]]) -> None:
+        options, context = self.context.options, self.context
+        if not workers:
+            raise ConfigError("no worker reported its KV cache; the model has no attention layers to hand over")
+        identity = {
+            "protocol": 1,
+            "model": dict(context.model),
+            "parallel": {"world_size": context.world_size},
+            "layout": workers[0]["layout"],
+            "digest": DIGEST_ALGORITHM if options.verify else "off",
+            "pipe": workers[0]["pipe"],
+            "engine_id": context.engine_id,
+            "workers": [worker["address"] for worker in workers],
+        }
+
+        def check(theirs: dict[str, Any]) -> None:
+            compare(identity, theirs)
+
+        if self._buffer is not None:
+            self._server = BufferServer(
+                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check, engine_id=context.engine_id
+            )
+            self._server.start()
+            logger.info("offers prompts' KV at %s:%d, keeps up to %d bytes", options.kv_ip, self._server.port, int(options.kv_buffer_size))
+        if options.is_consumer:
+            producers = self._producers_file.read() if self._producers_file else options.producers
+            self._client = BufferClient(identity=identity, producers=producers, check=check, lookup_timeout=options.lookup_timeout)
+            logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")
+
+    # ---- consumer
+
+    def find(self, request: RequestView, num_local_tokens: int) -> Hit | None | AskAgain:
+        if self._client is None:
+            return None
+        claim = self._claims.get(request.id)
+        if claim is None:
+            if request.id not in self._asked:
+                if not request.keys_ready:
+                    return ASK_AGAIN
+                if not self._ask(request, num_local_tokens):
+                    return None
+                self._asked.add(request.id)
+            answer = self._client.poll(request.id)
+            if answer is Pending:
+                return ASK_AGAIN
+            if answer is None:
+                return None
+            claim = self._claims[request.id] = answer
+        elif self._client.lost(claim):
+            logger.warning("request %s: %s ended the claim; the prompt is computed here", request.id, claim.address)
+            return None
+        return Hit(claim.num_tokens, claim)
+
+    def _ask(self, request: RequestView, num_local_tokens: int) -> bool:
+        """Send the lookup; False when there is nothing to ask."""
+        assert self._client is not None
+        params = classify(request.kv_transfer_params)
+        if params.reason:
+            logger.warning("request %s: its kv_transfer_params are ignored: %s", request.id, params.reason)
+        if params.role is Role.DECODE_ELSEWHERE:
+            return False
+        if self._producers_file is not None and (changed := self._producers_file.read_if_changed()) is not None:
+            logger.info("producers are now %s", ", ".join(changed) or "none")
+            self._client.set_producers(changed)
+        if params.role is Role.PREFILLED_ELSEWHERE and params.remote_host is not None:
+            address = f"{params.remote_host}:{params.remote_port}"
+            if self._may_ask(address):
+                self._client.find_by_id(request.id, address, params.transfer_id, request.keys, num_local_tokens)
+                return True
+            logger.warning("request %s: %s is not among this server's producers; looking the prompt up instead", request.id, address)
+        self._client.find(request.id, request.keys, num_local_tokens)
+        return True
+
+    def _may_ask(self, address: str) -> bool:
+        """A client's parameters may name any producer where none is configured, and else only those configured: an address that
+        any HTTP client chooses could serve wrong KV, which the prefix cache would then give to everybody."""
+        assert self._client is not None
+        options = self.context.options
+        return address in self._client.peers() or not (options.producers or self._producers_file)
+
+    def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Source:
+        claim: RemoteClaim = hit.source
+        return Source(tuple(claim.identity["workers"]), claim.transfer_id)
+
+    def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
+        self._asked.discard(request.id)
+        claim = self._claims.pop(request.id, None)
+        if claim is not None and self._client is not None:
+            self._client.release(claim, used=True)
+
+    def forget(self, request: RequestView) -> None:
+        if self._client is None:
+            return
+        claim = self._claims.pop(request.id, None)
+        if claim is not None:
+            self._client.release(claim, used=True)
+        elif request.id in self._asked:
+            self._client.cancel(request.id)
+        self._asked.discard(request.id)
+
+    # ---- producer
+
+    def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
+        if self._buffer is None or self._server is None:
+            return None
+        params = classify(request.kv_transfer_params)
+        try:
+            offer = self._buffer.insert(request.keys, blocks[0], params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None)
+        except (OfferTooLarge, BufferFull, ValueError) as error:
+            logger.warning("request %s is not offered: %s", request.id, error)
+            return None
+        options = self.context.options
+        answer = offer_params(
+            offer.transfer_id, options.kv_ip, self._server.port, self.context.engine_id,
+            num_tokens=request.num_prompt_tokens, tp_size=self.context.world_size,
+        )  # fmt: skip
+        return Keep(offer.transfer_id, answer)
+
+    def give_up(self, num_blocks: int) -> None:
+        if self._buffer is not None:
+            self._buffer.evict(num_blocks)
+            self.tick()
+
+    # ---- both
+
+    def tick(self) -> None:
+        if self._buffer is not None:
+            for ended in self._buffer.take_ended():
+                if ended.reason in ("expired", "evicted"):
+                    logger.info("offer %s %s: %d blocks go back", ended.transfer_id, ended.reason, len(ended.block_ids))
+                self.holds.give_back(ended.transfer_id)
+
+    def reset(self) -> bool:
+        if self._buffer is not None:
+            self._buffer.evict_all_unclaimed()
+        return True
+
+    def close(self) -> None:
+        for part in (self._client, self._server):
+            if part is not None:
+                part.close(self.context.options.close_timeout)
+        if self._buffer is not None:
+            self._buffer.close()
+
+
+class _ProducersFile:
+    """A file with one `host:port` a line, read again when it changes."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+
+    def read(self) -> list[str]:
+        return self.read_if_changed() or []
+
+    def read_if_changed(self) -> list[str] | None:
+        try:
+            status = os.stat(self._path)
+            seen = (status.st_mtime_ns, status.st_size)
+            if seen == self._seen:
+                return None
+            with open(self._path, encoding="utf-8") as file:
+                lines = [line.split("#")[0].strip() for line in file]
+        except OSError as error:
+            if self._seen is None:
+                raise ConfigError(f"producers_file={self._path} cannot be read: {error}") from error
+            logger.warning("producers_file=%s cannot be read, the producers stay as they are: %s", self._path, error)
+            return None
+        self._seen = seen
+        return [line for line in lines if line]

@@ -1,0 +1,235 @@
+"""The producer's worker: answers other workers' reads of offered blocks, a thread for each pair."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+
+from kvsdk.connectors.pynccl.channel import Channel
+from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
+from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
+from kvsdk.kernels import BlockStore
+from kvsdk.pipe import Pipe, PipeHost
+
+logger = logging.getLogger("kvsdk.pynccl")
+
+PAIR_TIMEOUT = 20.0
+"""Most seconds to connect a pair."""
+
+
+class _Offer:
+    def __init__(self, block_ids: np.ndarray):
+        self.block_ids = block_ids
+        self.standing = True
+
+
+class Offers:
+    """The offers that this worker may read from its KV cache, by transfer id."""
+
+    def __init__(self) -> None:
+        self._offers: dict[str, _Offer] = {}
+        self._changed = threading.Condition()
+
+    def add(self, transfer_id: str, block_ids: np.ndarray) -> None:
+        with self._changed:
+            self._offers[transfer_id] = _Offer(block_ids)
+            self._changed.notify_all()
+
+    def end(self, transfer_id: str) -> None:
+        """After this returns, `still` is false for the offer, whatever was read from its blocks."""
+        with self._changed:
+            offer = self._offers.pop(transfer_id, None)
+            if offer is not None:
+                offer.standing = False
+
+    def get(self, transfer_id: str, deadline: float) -> _Offer:
+        """The offer; waits for it, since a consumer may hear of it a step before this worker does.
+
+        Raises:
+            KVError: there is no such offer.
+        """
+        with self._changed:
+            while transfer_id not in self._offers:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._changed.wait(remaining):
+                    raise KVError(f"there is no offer {transfer_id}")
+            return self._offers[transfer_id]
+
+    def still(self, offer: _Offer) -> bool:
+        with self._changed:
+            return offer.standing
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+
+class WorkerServer:
+    """Listens for other servers' workers and serves each in a thread of its own.
+
+    Args:
+        store: this worker's KV cache.
+        offers: what may be read.
+        host: makes pipes.
+        bind_ip: where to listen; the port is ephemeral.
+        staging_bytes: size of one pair's staging buffer.
+        counters: where `sent_bytes` is counted.
+    """
+
+    def __init__(
+        self, store: BlockStore, offers: Offers, *, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counter[str]
+    ):
+        self._store, self._offers, self._make_host = store, offers, make_host
+        self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
+        self._chunk = max(1, staging_bytes // store.staging_bytes(1))
+        self._zmq = zmq.Context()
+        self._listener = self._zmq.socket(zmq.ROUTER)
+        self._listener.setsockopt(zmq.LINGER, 0)
+        self._listener.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
+        self.address = f"{bind_ip}:{self._listener.bind_to_random_port(f'tcp://{bind_ip}')}"
+        self._stop = threading.Event()
+        self._pairs: set[threading.Thread] = set()
+        self._pipes: set[Pipe] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._listen, name="kvsdk-worker-server", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if not self._listener.poll(200):
+                    continue
+                identity, *frames = self._listener.recv_multipart()
+                try:
+                    reply = self._open(frames)
+                except ProtocolError as error:
+                    logger.warning("a malformed message was dropped: %s", error)
+                    continue
+                except Exception as error:  # one reply to each message, whatever fails
+                    logger.exception("a pair could not be opened")
+                    reply = WORKER_WIRE.encode("refused", reason=f"{type(error).__name__}: {error}"[:1000])
+                self._listener.send_multipart([identity, reply])
+        except zmq.ZMQError:
+            if not self._stop.is_set():
+                logger.exception("the worker's listener failed; no new pairs can be opened")
+        finally:
+            self._listener.close()
+
+    def _open(self, frames: list[bytes]) -> bytes:
+        if len(frames) != 1:
+            raise ProtocolError(f"{len(frames)} frames")
+        kind, fields = WORKER_WIRE.decode(frames[0])
+        if kind != "open":
+            raise ProtocolError(f"{kind} at the listener")
+        host = self._make_host()
+        if fields["kind"] != host.kind:
+            return WORKER_WIRE.encode("refused", reason=f"this worker speaks {host.kind}, not {fields['kind']}")
+        invite = host.prepare()
+        channel = Channel(self._zmq, bind_ip=self._bind_ip)
+        timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
+        thread = threading.Thread(target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True)
+        with self._lock:
+            self._pairs.add(thread)
+        thread.start()
+        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address)
+
+    def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, timeout: float) -> None:
+        pipe: Pipe | None = None
+        try:
+            if self._store.device.type == "cuda":
+                torch.cuda.set_device(self._store.device)
+            pipe = host.accept(invite, time.monotonic() + timeout)
+            with self._lock:
+                self._pipes.add(pipe)
+            logger.info("paired with a consumer over %s", pipe.kind)
+            staging = self._store.staging(self._chunk)
+            stream = torch.cuda.Stream(self._store.device) if self._store.device.type == "cuda" else None
+            with torch.cuda.stream(stream):
+                self._answer_reads(pipe, channel, staging)
+        except PeerGone as error:
+            logger.info("a consumer left: %s", error)
+        except PipeClosed:
+            if not self._stop.is_set():
+                logger.warning("a pair was closed")
+        except DeadlineExceeded as error:
+            logger.warning("a pair ends, its consumer does not answer: %s", error)
+        except Exception:
+            logger.exception("a pair ends with an error")
+        finally:
+            channel.close()
+            if pipe is not None:
+                with self._lock:
+                    self._pipes.discard(pipe)
+                pipe.close(time.monotonic() + 2.0)
+            with self._lock:
+                self._pairs.discard(threading.current_thread())
+
+    def _answer_reads(self, pipe: Pipe, channel: Channel, staging: torch.Tensor) -> None:
+        while not self._stop.is_set():
+            if not channel.poll(0.5):
+                continue
+            kind, fields = channel.recv(time.monotonic() + 1.0)
+            if kind == "bye":
+                return
+            if kind == "read":
+                self._read(pipe, channel, staging, fields)
+            elif kind != "stop":  # a stop that came after the last chunk
+                raise ProtocolError(f"{kind} on a pair's channel")
+
+    def _read(self, pipe: Pipe, channel: Channel, staging: torch.Tensor, fields: dict[str, Any]) -> None:
+        read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+        deadline = time.monotonic() + max(0.0, fields["timeout"])
+        try:
+            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + 5.0))
+        except KVError as error:
+            channel.send("failed", read_id=read_id, reason=str(error))
+            return
+        if not 0 <= first < first + count <= len(offer.block_ids):
+            channel.send("failed", read_id=read_id, reason=f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
+            return
+        for start in range(first, first + count, self._chunk):
+            n = min(self._chunk, first + count - start)
+            part = staging[: self._store.staging_bytes(n)]
+            self._store.gather(offer.block_ids[start : start + n], part)
+            digests = b""
+            if self._verify:
+                digests = self._store.digest(part, n, np.arange(start, start + n)).astype("<u8").tobytes()
+            elif part.is_cuda:
+                torch.cuda.current_stream().synchronize()
+            # What was gathered counts only if the offer stood until now: its blocks are written again only after `Offers.end`.
+            if not self._offers.still(offer):
+                channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
+                return
+            while channel.poll(0):
+                kind, message = channel.recv(deadline)
+                if kind == "stop" and message["read_id"] == read_id:
+                    channel.send("failed", read_id=read_id, reason="stopped by the consumer")
+                    return
+                raise ProtocolError(f"{kind} during a read")
+            channel.send("chunk", read_id=read_id, count=n, digests=digests)
+            pipe.send(part, deadline)
+            self._counters["sent_bytes"] += part.numel()
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self._pairs)
+
+    def close(self, timeout: float) -> None:
+        """Stop listening, abort every pair; bounded by `timeout` seconds; twice is fine."""
+        self._stop.set()
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            pipes, threads = list(self._pipes), [self._thread, *self._pairs]
+        for pipe in pipes:
+            pipe.abort()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in threads):
+            self._zmq.term()

@@ -1,0 +1,108 @@
+"""The worker half: serves offered blocks to other workers, and loads theirs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+
+from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, ProducerWorker
+from kvsdk.connector.tasks import LoadTask
+from kvsdk.connectors.pynccl.fetching import Fetcher
+from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.connectors.pynccl.serving import Offers, WorkerServer
+from kvsdk.kernels import BlockStore
+from kvsdk.layout import CacheLayout
+from kvsdk.pipe import Pipe, PipeHost, choose, join, prepare_process
+
+logger = logging.getLogger("kvsdk.pynccl")
+
+
+class PyNcclWorker(ProducerWorker, ConsumerWorker):
+    """Sends the blocks of its server's offers and loads other servers' into its KV cache."""
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self._offers = Offers()
+        self._server: WorkerServer | None = None
+        self._fetchers: dict[str, Fetcher] = {}
+        self._store: BlockStore | None = None
+        self._counters: Counter[str] = Counter()
+
+    def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
+        options = self.context.options
+        self._layout, self._store = layout, BlockStore(kv_caches, layout)
+        self._device = self._store.device
+        self._kind = choose(options.pipe, self._device.type)
+        prepare_process(self._device.type)
+        logger.info("moves KV blocks over %s (%s)", self._kind, self._device)
+        if options.is_producer:
+            self._server = WorkerServer(
+                self._store,
+                self._offers,
+                make_host=self.make_host,
+                bind_ip=options.kv_ip,
+                staging_bytes=options.staging_bytes,
+                verify=options.verify,
+                counters=self._counters,
+            )
+
+    def make_host(self) -> PipeHost:
+        """The producer's end of a new pair."""
+        options = self.context.options
+        return PipeHost(self._kind, options.kv_ip, self._device, max_ctas=options.nccl_max_ctas)
+
+    def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
+        """The consumer's end of a pair."""
+        return join(invite, self._device, bind_ip, deadline, max_ctas=self.context.options.nccl_max_ctas)
+
+    def handshake(self) -> dict[str, Any]:
+        return {
+            "address": self._server.address if self._server is not None else "",
+            "layout": self._layout.fingerprint(),
+            "pipe": self._kind,
+        }
+
+    # ---- producer
+
+    def kept(self, hold_id: str, blocks: BlockIds) -> None:
+        self._offers.add(hold_id, blocks[0])
+
+    def let_go(self, hold_id: str) -> None:
+        self._offers.end(hold_id)
+
+    # ---- consumer
+
+    def load(self, task: LoadTask) -> None:
+        source: Source = task.source
+        address = source.addresses[self.context.rank]
+        fetcher = self._fetchers.get(address)
+        if fetcher is None or not fetcher.alive:
+            assert self._store is not None
+            fetcher = self._fetchers[address] = Fetcher(
+                address,
+                self._store,
+                kind=self._kind,
+                join=self.join,
+                staging_bytes=self.context.options.staging_bytes,
+                verify=self.context.options.verify,
+                counters=self._counters,
+            )
+        fetcher.load(task)
+
+    # ---- both
+
+    def take_counters(self) -> dict[str, float]:
+        counters, self._counters_taken = dict(self._counters), None
+        for name, value in counters.items():
+            self._counters[name] -= value
+        return {name: value for name, value in counters.items() if value}
+
+    def close(self) -> None:
+        timeout = self.context.options.close_timeout
+        if self._server is not None:
+            self._server.close(timeout)
+        for fetcher in self._fetchers.values():
+            fetcher.close(timeout)
