@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import (
     ASK_AGAIN,
     AskAgain,
@@ -479,7 +480,7 @@ class WorkerLifecycle:
         self._orders: Orders | None = None
         self._loads: dict[int, LoadTask] = {}
         self._saves: dict[int, SaveTask] = {}
-        self.counters: collections.Counter[str] = collections.Counter()
+        self.counters = Counters()
 
     def begin(self, orders: Orders) -> None:
         """First call of a step: nothing of the step has been written to the KV cache yet."""
@@ -541,7 +542,7 @@ class WorkerLifecycle:
                 continue
             del self._loads[load_id]
             finished.add(task.request_id)
-            self.counters[f"loads_{task.state.value}"] += 1
+            self.counters.add(f"loads_{task.state.value}")
             bad = task.invalid_blocks
             if task.state is not TaskState.DONE:
                 invalid.update(bad.tolist())
@@ -558,7 +559,7 @@ class WorkerLifecycle:
         ended = [save_id for save_id, task in self._saves.items() if task.ended]
         for save_id in ended:
             task = self._saves.pop(save_id)
-            self.counters[f"saves_{task.state.value}"] += 1
+            self.counters.add(f"saves_{task.state.value}")
             if task.state is not TaskState.DONE:
                 logger.warning("request %s: %d blocks were not saved: %s", task.request_id, sum(map(len, task.blocks)), task.error)
         return ended

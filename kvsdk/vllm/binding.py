@@ -201,8 +201,8 @@ class BoundConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerLifecycle(
                 self.connector.scheduler_half(context),
                 context,
-                consumer=options.is_consumer,
-                producer=options.is_producer,
+                consumer=options.consumes,
+                producer=options.produces,
                 find_timeout=options.lookup_timeout + 1.0,
                 load_timeout=options.load_timeout,
             )
@@ -277,13 +277,8 @@ class BoundConnector(KVConnectorBase_V1):
     def get_kv_connector_stats(self) -> KVSDKStats | None:
         if self._worker is None:
             return None
-        counters = self._worker.counters
-        counters.update(self._half.take_counters())
-        if not counters:
-            return None
-        stats = KVSDKStats(data=dict(counters))
-        counters.clear()
-        return stats
+        counts = self._worker.counters.take() | self._half.take_counters()
+        return KVSDKStats(data=counts) if counts else None
 
     # ---- scheduler process
 
@@ -366,7 +361,7 @@ class BoundConnector(KVConnectorBase_V1):
     @property
     def requires_kv_delivery(self) -> bool:
         """A producer that hands over asks vLLM to recompute, rather than to end, a request preempted in its last step."""
-        return bool(self.options.is_producer)
+        return bool(self.options.produces)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVSDKStats | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -12,6 +13,12 @@ from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
 from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed
 
 
+@functools.cache
+def zmq_context() -> zmq.Context[Any]:
+    """One for the process, never terminated: that would wait for every socket of every thread."""
+    return zmq.Context()
+
+
 class Channel:
     """Messages of `WORKER_WIRE` between two threads of two processes.
 
@@ -20,12 +27,12 @@ class Channel:
         bind_ip: where to listen, on an ephemeral port, when there is no address.
     """
 
-    def __init__(self, context: zmq.Context[Any], *, address: str | None = None, bind_ip: str = ""):
-        self._socket = context.socket(zmq.DEALER)
+    def __init__(self, *, address: str | None = None, bind_ip: str = ""):
+        self._socket = zmq_context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         if address is None:
             port = self._socket.bind_to_random_port(f"tcp://{bind_ip}")
             self.address = f"{bind_ip}:{port}"

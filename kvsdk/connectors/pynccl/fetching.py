@@ -7,18 +7,17 @@ import queue
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import zmq
 
+from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.protocol import Source
-from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT
+from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, own_stream
 from kvsdk.errors import KVError, ProtocolError, TaskEnded
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import Pipe
@@ -43,7 +42,7 @@ class Fetcher:
     Args:
         address: `host:port` of the producer's worker.
         join: makes the consumer's end of a pipe from an invitation: `join(invite, bind_ip, deadline)`.
-        on_idle: called by the thread when it ends.
+        kind: the pipe's kind.
     """
 
     def __init__(
@@ -55,14 +54,13 @@ class Fetcher:
         join: Callable[[dict[str, Any], str, float], Pipe],
         staging_bytes: int,
         verify: bool,
-        counters: Counter[str],
+        counters: Counters,
     ):
         self.address = address
         self._store, self._kind, self._join, self._verify, self._counters = store, kind, join, verify, counters
         self._chunk = max(1, staging_bytes // store.staging_bytes(1))
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._zmq = zmq.Context()
         self._pipe: Pipe | None = None
         self._channel: Channel | None = None
         self._staging: torch.Tensor | None = None
@@ -82,10 +80,7 @@ class Fetcher:
 
     def _run(self) -> None:
         try:
-            if self._store.device.type == "cuda":
-                torch.cuda.set_device(self._store.device)
-            stream = torch.cuda.Stream(self._store.device) if self._store.device.type == "cuda" else None
-            with torch.cuda.stream(stream):
+            with own_stream(self._store.device):
                 while not self._stop.is_set():
                     try:
                         task = self._tasks.get(timeout=IDLE_SECONDS)
@@ -124,7 +119,7 @@ class Fetcher:
             logger.exception("loading from %s failed", self.address)
             self._disconnect()
             _fail(task, error)
-        self._counters["load_seconds"] += time.monotonic() - began
+        self._counters.add("load_seconds", time.monotonic() - began)
 
     def _connect_if_needed(self, deadline: float) -> None:
         if self._channel is not None:
@@ -135,7 +130,7 @@ class Fetcher:
                 self._disconnect()
         began = time.monotonic()
         deadline = min(deadline, began + PAIR_TIMEOUT)
-        opening = Channel(self._zmq, address=self.address)
+        opening = Channel(address=self.address)
         try:
             opening.send("open", kind=self._kind, timeout=deadline - began)
             kind, fields = opening.recv(deadline)
@@ -145,7 +140,7 @@ class Fetcher:
             raise KVError(f"{self.address} refused to pair: {fields['reason']}")
         if kind != "invited":
             raise ProtocolError(f"{self.address} answered {kind}")
-        self._channel = Channel(self._zmq, address=fields["control"])
+        self._channel = Channel(address=fields["control"])
         self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
         logger.info("paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3)
 
@@ -185,15 +180,15 @@ class Fetcher:
                     if len(wrong):
                         bad.append(wrong + received)
                         reason = KVError(f"{len(wrong)} blocks from {self.address} do not match their digests")
-                        self._counters["corrupt_blocks"] += len(wrong)
+                        self._counters.add("corrupt_blocks", len(wrong))
             received += n
         if stopped:
             raise TaskEnded(f"load of request {task.request_id}")
         if reason is not None:
             _fail(task, reason, np.concatenate(bad))
         else:
-            self._counters["loaded_blocks"] += total
-            self._counters["loaded_bytes"] += self._store.staging_bytes(total)
+            self._counters.add("loaded_blocks", total)
+            self._counters.add("loaded_bytes", self._store.staging_bytes(total))
             task.done()
 
     def _write(self, task: LoadTask, block_ids: np.ndarray, part: torch.Tensor, digests: bytes, first: int) -> np.ndarray:

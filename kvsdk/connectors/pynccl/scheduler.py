@@ -37,10 +37,10 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         self._buffer: LookupBuffer | None = None
         self._server: BufferServer | None = None
         self._client: BufferClient | None = None
-        self._producers_file = _ProducersFile(options.producers_file) if options.is_consumer and options.producers_file else None
+        self._producers_file = _ProducersFile(options.producers_file) if options.consumes and options.producers_file else None
         self._claims: dict[str, RemoteClaim] = {}
         self._asked: set[str] = set()
-        if options.is_producer:
+        if options.produces:
             if options.kv_buffer_size < cache.block_bytes:
                 raise ConfigError(
                     f"kv_buffer_size={options.kv_buffer_size} holds no block: one takes {cache.block_bytes} bytes; "
@@ -74,7 +74,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             )
             self._server.start()
             logger.info("offers prompts' KV at %s:%d, keeps up to %d bytes", options.kv_ip, self._server.port, int(options.kv_buffer_size))
-        if options.is_consumer:
+        if options.consumes:
             producers = self._producers_file.read() if self._producers_file else options.producers
             self._client = BufferClient(identity=identity, producers=producers, check=check, lookup_timeout=options.lookup_timeout)
             logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import zmq
 
-from kvsdk.connectors.pynccl.channel import Channel
+from kvsdk.connector.counters import Counters
+from kvsdk.connectors.pynccl.channel import Channel, zmq_context
 from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
 from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
 from kvsdk.kernels import BlockStore
@@ -23,6 +24,14 @@ logger = logging.getLogger("kvsdk.pynccl")
 
 PAIR_TIMEOUT = 20.0
 """Most seconds to connect a pair."""
+
+
+def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Run this thread's GPU work on `device`, on a stream of its own; nothing to do on a CPU."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    torch.cuda.set_device(device)
+    return torch.cuda.stream(torch.cuda.Stream(device))
 
 
 class _Offer:
@@ -84,13 +93,12 @@ class WorkerServer:
     """
 
     def __init__(
-        self, store: BlockStore, offers: Offers, *, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counter[str]
+        self, store: BlockStore, offers: Offers, *, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counters
     ):
         self._store, self._offers, self._make_host = store, offers, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
         self._chunk = max(1, staging_bytes // store.staging_bytes(1))
-        self._zmq = zmq.Context()
-        self._listener = self._zmq.socket(zmq.ROUTER)
+        self._listener = zmq_context().socket(zmq.ROUTER)
         self._listener.setsockopt(zmq.LINGER, 0)
         self._listener.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
         self.address = f"{bind_ip}:{self._listener.bind_to_random_port(f'tcp://{bind_ip}')}"
@@ -132,7 +140,7 @@ class WorkerServer:
         if fields["kind"] != host.kind:
             return WORKER_WIRE.encode("refused", reason=f"this worker speaks {host.kind}, not {fields['kind']}")
         invite = host.prepare()
-        channel = Channel(self._zmq, bind_ip=self._bind_ip)
+        channel = Channel(bind_ip=self._bind_ip)
         timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
         thread = threading.Thread(target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True)
         with self._lock:
@@ -143,15 +151,12 @@ class WorkerServer:
     def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, timeout: float) -> None:
         pipe: Pipe | None = None
         try:
-            if self._store.device.type == "cuda":
-                torch.cuda.set_device(self._store.device)
             pipe = host.accept(invite, time.monotonic() + timeout)
             with self._lock:
                 self._pipes.add(pipe)
             logger.info("paired with a consumer over %s", pipe.kind)
             staging = self._store.staging(self._chunk)
-            stream = torch.cuda.Stream(self._store.device) if self._store.device.type == "cuda" else None
-            with torch.cuda.stream(stream):
+            with own_stream(self._store.device):
                 self._answer_reads(pipe, channel, staging)
         except PeerGone as error:
             logger.info("a consumer left: %s", error)
@@ -215,7 +220,7 @@ class WorkerServer:
                 raise ProtocolError(f"{kind} during a read")
             channel.send("chunk", read_id=read_id, count=n, digests=digests)
             pipe.send(part, deadline)
-            self._counters["sent_bytes"] += part.numel()
+            self._counters.add("sent_bytes", part.numel())
 
     @property
     def num_pairs(self) -> int:
@@ -231,5 +236,3 @@ class WorkerServer:
             pipe.abort()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if not any(thread.is_alive() for thread in threads):
-            self._zmq.term()

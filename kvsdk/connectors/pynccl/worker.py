@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import Any
 
 import torch
 
+from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, ProducerWorker
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
@@ -29,7 +29,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._server: WorkerServer | None = None
         self._fetchers: dict[str, Fetcher] = {}
         self._store: BlockStore | None = None
-        self._counters: Counter[str] = Counter()
+        self._counters = Counters()
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
         options = self.context.options
@@ -38,7 +38,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._kind = choose(options.pipe, self._device.type)
         prepare_process(self._device.type)
         logger.info("moves KV blocks over %s (%s)", self._kind, self._device)
-        if options.is_producer:
+        if options.produces:
             self._server = WorkerServer(
                 self._store,
                 self._offers,
@@ -95,10 +95,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
     # ---- both
 
     def take_counters(self) -> dict[str, float]:
-        counters, self._counters_taken = dict(self._counters), None
-        for name, value in counters.items():
-            self._counters[name] -= value
-        return {name: value for name, value in counters.items() if value}
+        return self._counters.take()
 
     def close(self) -> None:
         timeout = self.context.options.close_timeout
