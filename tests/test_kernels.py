@@ -1,0 +1,347 @@
+"""Blocks come out of the cache and go back byte for byte, whatever the layout; digests find what changed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvsdk.kernels import BlockStore, splitmix64
+from kvsdk.layout import layout_of
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
+KINDS = ["NHD", "HND", "one buffer", "MLA 3-D", "MLA 4-D", "BLHNC", "BHLNC", "kernel blocks", "kernel blocks NHD"]
+M64 = (1 << 64) - 1
+
+
+@dataclass
+class Cache:
+    """Random layers in one of vLLM's layouts, and how to read them element by element, without the code under test."""
+
+    tensors: list[torch.Tensor]
+    num_blocks: int
+    ratio: int
+
+    def store(self):
+        caches = {f"layers.{i}": t for i, t in enumerate(self.tensors)}
+        return BlockStore(caches, layout_of(caches, num_blocks=self.num_blocks, block_size=16))
+
+    def blocks(self, layer):
+        """`(num_blocks, bytes)` copied by indexing the logical tensor, a block in its own memory order."""
+        t = self.tensors[layer]
+        t = t.view(torch.uint8) if t.element_size() == 1 else t
+        order = sorted(range(1, t.dim()), key=lambda d: (t.shape[d] == 1, -t.stride(d), d))
+        rows = [block.permute([d - 1 for d in order]).clone(memory_format=torch.contiguous_format) for block in t]
+        flat = torch.stack(rows).view(torch.uint8)
+        return flat.reshape(self.num_blocks, -1).numpy().copy()
+
+    def naive_gather(self, ids):
+        return np.concatenate([self.blocks(i)[ids].ravel() for i in range(len(self.tensors))])
+
+
+def make(kind, dtype=torch.bfloat16, blocks=6, layers=3, heads=2, tokens=4, content=8, seed=0):
+    ratio = 2 if "kernel" in kind else 1
+    g = torch.Generator().manual_seed(seed)
+    item = torch.empty(0, dtype=dtype).element_size()
+
+    def random(*shape):
+        return torch.randint(0, 256, (*shape[:-1], shape[-1] * item), dtype=torch.uint8, generator=g).view(dtype)
+
+    b = blocks * ratio
+    if kind in ("NHD", "kernel blocks NHD"):
+        ts = [random(b, tokens, heads, content).transpose(1, 2) for _ in range(layers)]
+    elif kind in ("HND", "kernel blocks"):
+        ts = [random(b, heads, tokens, content) for _ in range(layers)]
+    elif kind == "one buffer":
+        ts = list(random(layers, b, heads, tokens, content).unbind(0))
+    elif kind == "MLA 3-D":
+        ts = [random(b, tokens, content) for _ in range(layers)]
+    elif kind == "MLA 4-D":
+        ts = [random(b, tokens, content).unsqueeze(1) for _ in range(layers)]
+    elif kind == "BLHNC":
+        ts = list(random(b, layers, heads, tokens, content).unbind(1))
+    elif kind == "BHLNC":
+        ts = list(random(b, heads, layers, tokens, content).unbind(2))
+    return Cache(ts, blocks, ratio)
+
+
+caches = st.builds(
+    make,
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    blocks=st.integers(1, 9),
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    tokens=st.integers(2, 5),
+    content=st.integers(2, 9),
+    seed=st.integers(0, 1000),
+)
+
+
+def ids_of(cache, data, unique=False):
+    ids = data.draw(st.lists(st.integers(0, cache.num_blocks - 1), max_size=9, unique=unique))
+    return np.array(ids, dtype=np.int32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(caches, st.data())
+def test_gather_is_the_naive_copy(cache, data):
+    store, ids = cache.store(), ids_of(cache, data)
+    staging = store.staging(len(ids) + 2)
+    store.gather(ids, staging)
+    np.testing.assert_array_equal(staging[: store.staging_bytes(len(ids))].numpy(), cache.naive_gather(ids))
+
+
+@settings(max_examples=80, deadline=None)
+@given(caches, st.data())
+def test_scatter_writes_the_blocks_and_nothing_else(cache, data):
+    store, ids = cache.store(), ids_of(cache, data, unique=True)
+    before = [cache.blocks(i) for i in range(len(cache.tensors))]
+    staging = torch.randint(0, 256, (store.staging_bytes(len(ids)),), dtype=torch.uint8)
+    select = None
+    if data.draw(st.booleans()):
+        select = np.array(data.draw(st.permutations(range(len(ids)))), dtype=np.int64)[: data.draw(st.integers(0, 9))]
+    store.scatter(ids, staging, select)
+    chosen = np.arange(len(ids)) if select is None else select
+    start = 0
+    for i, expected in enumerate(before):
+        staged = staging.numpy()[start : start + len(ids) * expected.shape[1]].reshape(len(ids), expected.shape[1])
+        start += staged.size
+        expected[ids[chosen]] = staged[chosen]
+        np.testing.assert_array_equal(cache.blocks(i), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_travel_between_two_caches_of_one_layout(kind, dtype):
+    ours, theirs = make(kind, dtype, seed=1), make(kind, dtype, seed=2)
+    a, b = ours.store(), theirs.store()
+    staging = a.staging(3)
+    source, target = np.array([5, 0, 2], np.int32), np.array([1, 3, 4], np.int32)
+    a.gather(source, staging)
+    b.scatter(target, staging)
+    for i in range(3):
+        np.testing.assert_array_equal(ours.blocks(i)[source], theirs.blocks(i)[target])
+
+
+def test_blocks_travel_between_layouts_that_hold_the_same_bytes():
+    ours, theirs = make("one buffer", torch.uint8, seed=1), make("BHLNC", torch.uint8, seed=2)
+    staging = ours.store().staging(1)
+    ours.store().gather(np.array([4], np.int32), staging)
+    theirs.store().scatter(np.array([2], np.int32), staging)
+    for mine, yours in zip(ours.tensors, theirs.tensors, strict=True):
+        assert torch.equal(mine[4], yours[2])
+
+
+def test_tensors_of_inference_mode_can_be_written_outside_it():
+    with torch.inference_mode():
+        cache = make("NHD", torch.uint8)
+        store = cache.store()
+        staging = store.staging(1)
+    store.gather(np.array([0], np.int32), staging)
+    store.scatter(np.array([1], np.int32), staging)
+    assert torch.equal(cache.tensors[0][0], cache.tensors[0][1])
+
+
+def test_a_staging_buffer_is_bytes_on_the_stores_device():
+    store = make("HND").store()
+    staging = store.staging(5)
+    assert staging.dtype == torch.uint8 and staging.dim() == 1 and staging.device == store.device
+    assert staging.numel() == store.staging_bytes(5) == 5 * store.layout.block_bytes
+
+
+@pytest.mark.parametrize("ids", [[-1], [6], [0, 6], [0, -1]])
+def test_ids_out_of_range_are_refused(ids):
+    store = make("HND").store()
+    for call in (store.gather, store.scatter):
+        with pytest.raises(ValueError, match="block ids must be from 0 to 5"):
+            call(np.array(ids, np.int32), store.staging(2))
+
+
+def test_ids_of_another_type_are_refused():
+    store = make("HND").store()
+    for ids in (np.array([0]), [0], np.array([[0]], np.int32), np.array([0.0])):
+        with pytest.raises(ValueError, match="1-D int32"):
+            store.gather(ids, store.staging(1))
+
+
+def test_a_block_is_written_once():
+    store = make("HND").store()
+    with pytest.raises(ValueError, match="twice"):
+        store.scatter(np.array([1, 2, 1], np.int32), store.staging(3))
+
+
+@pytest.mark.parametrize("select", [[2], [-1], [0, 0], [0.5]])
+def test_a_selection_out_of_range_is_refused(select):
+    store = make("HND").store()
+    with pytest.raises(ValueError, match="select must"):
+        store.scatter(np.array([1, 2], np.int32), store.staging(2), np.array(select))
+
+
+def test_a_staging_buffer_that_does_not_fit_is_refused():
+    store = make("HND").store()
+    ids = np.array([0, 1], np.int32)
+    wide = torch.zeros(2 * store.staging_bytes(2), dtype=torch.uint8)
+    for staging in (store.staging(1), wide[::2], wide.view(torch.int32), wide.view(2, -1)):
+        for call in (store.gather, store.scatter):
+            with pytest.raises(ValueError, match="staging must be"):
+                call(ids, staging)
+
+
+def digest(store, data, positions=None):
+    n = len(data) // store.layout.block_bytes
+    positions = np.arange(n) if positions is None else np.asarray(positions)
+    return store.digest(torch.from_numpy(np.ascontiguousarray(data)), n, positions.astype(np.int64))
+
+
+def random_staging(store, blocks, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, store.staging_bytes(blocks), dtype=np.uint8)
+
+
+def layer_parts(store, data):
+    """The staged bytes as one `(blocks, bytes)` view a layer."""
+    n, start, parts = len(data) // store.layout.block_bytes, 0, []
+    for layer in store.layout.layers:
+        parts.append(data[start : start + n * layer.block_bytes].reshape(n, -1))
+        start += n * layer.block_bytes
+    return parts
+
+
+def mix(x):
+    x = (x + 0x9E3779B97F4A7C15) & M64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & M64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & M64
+    return x ^ (x >> 31)
+
+
+def digest_by_the_book(parts, block, position):
+    """`mix64-v1` written out with Python's integers, so that the algorithm's name keeps its meaning."""
+    total = 0
+    for layer, part in enumerate(parts):
+        row = part[block].tobytes()
+        row += bytes(-len(row) % 8)
+        s = 0
+        for i in range(0, len(row), 8):
+            y = ((int.from_bytes(row[i : i + 8], "little") ^ mix(i // 8)) * 0xBF58476D1CE4E5B9) & M64
+            y ^= y >> 32
+            s += y * (mix(mix(i // 8)) | 1)
+        seed = mix((layer * 0x9E3779B97F4A7C15 + 0xD6E8FEB86659FD93 + mix(position)) & M64)
+        total += mix((s & M64) ^ seed)
+    return total & M64
+
+
+@settings(max_examples=40, deadline=None)
+@given(caches, st.integers(0, 4), st.integers(0, 2**40))
+def test_a_digest_is_mix64_v1(cache, blocks, first):
+    store = cache.store()
+    data = random_staging(store, blocks)
+    expected = [digest_by_the_book(layer_parts(store, data), b, first + b) for b in range(blocks)]
+    got = digest(store, data, first + np.arange(blocks))
+    assert got.dtype == np.uint64
+    assert [int(d) for d in got] == expected
+
+
+def test_splitmix64_is_the_published_generator():
+    assert int(splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_large_blocks_are_digested_in_pieces_that_add_up():
+    store = make("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=64, content=640).store()
+    assert store.layout.layers[0].block_bytes // 8 > 32768
+    data = random_staging(store, 2)
+    parts = layer_parts(store, data)
+    assert [int(d) for d in digest(store, data)] == [digest_by_the_book(parts, b, b) for b in range(2)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(caches, st.data())
+def test_any_flipped_bit_is_found_in_its_block_alone(cache, data):
+    store = cache.store()
+    staged = random_staging(store, 3)
+    before = digest(store, staged)
+    parts = layer_parts(store, staged)
+    part = parts[data.draw(st.integers(0, len(parts) - 1))]
+    block, byte = data.draw(st.integers(0, 2)), data.draw(st.integers(0, part.shape[1] - 1))
+    part[block, byte] ^= 1 << data.draw(st.integers(0, 7))
+    assert [i for i in range(3) if digest(store, staged)[i] != before[i]] == [block]
+
+
+def test_every_single_bit_and_every_pair_of_top_bits_is_found():
+    store = make("HND", torch.uint8, layers=1, heads=1, tokens=4, content=16).store()
+    data = random_staging(store, 1)
+    before = digest(store, data)[0]
+    for bit in range(8 * len(data)):
+        flipped = data.copy()
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        assert digest(store, flipped)[0] != before
+    tops = range(7, len(data), 8)
+    for a in tops:
+        for b in tops:
+            flipped = data.copy()
+            flipped[a] ^= 0x80
+            flipped[b] ^= 0x80
+            assert (digest(store, flipped)[0] == before) == (a == b)
+
+
+def test_swapped_blocks_are_found():
+    store = make("HND").store()
+    data = random_staging(store, 2)
+    before = digest(store, data)
+    for part in layer_parts(store, data):
+        part[[0, 1]] = part[[1, 0]]
+    assert not set(before.tolist()) & set(digest(store, data).tolist())
+
+
+def test_equal_data_at_another_position_has_another_digest():
+    store = make("HND").store()
+    same = np.tile(random_staging(store, 1)[: store.layout.layers[0].block_bytes], 2 * len(store.layout.layers))
+    first, second = digest(store, same, [7, 8])
+    assert first != second
+    assert digest(store, same, [8, 7]).tolist() == [second, first]
+
+
+def test_exchanged_layers_are_found():
+    store = make("HND").store()
+    data = random_staging(store, 2)
+    before = digest(store, data)
+    parts = layer_parts(store, data)
+    parts[0][:], parts[2][:] = parts[2].copy(), parts[0].copy()
+    assert (digest(store, data) != before).all()
+
+
+def test_exchanged_words_are_found():
+    store = make("HND", layers=1).store()
+    data = random_staging(store, 1)
+    before = digest(store, data)
+    words = data.view(np.uint64)
+    words[[0, 3]] = words[[3, 0]]
+    assert digest(store, data) != before
+
+
+def test_a_digest_is_the_same_on_both_sides_of_a_transfer():
+    ours, theirs = make("one buffer", seed=1), make("BHLNC", seed=2)
+    a, b = ours.store(), theirs.store()
+    staging, positions = a.staging(3), np.array([3, 4, 5])
+    a.gather(np.array([1, 5, 2], np.int32), staging)
+    sent = a.digest(staging, 3, positions)
+    b.scatter(np.array([0, 1, 4], np.int32), staging)
+    again = b.staging(3)
+    b.gather(np.array([0, 1, 4], np.int32), again)
+    assert (b.digest(again, 3, positions) == sent).all()
+
+
+def test_positions_that_do_not_fit_are_refused():
+    store = make("HND").store()
+    for positions in (np.arange(3), np.arange(2, dtype=np.int32), np.zeros((2, 1), np.int64)):
+        with pytest.raises(ValueError, match="positions must be int64"):
+            store.digest(store.staging(2), 2, positions)
+
+
+def test_layers_on_two_devices_are_refused():
+    caches = {"a": torch.zeros(2, 4, 8), "b": torch.zeros(2, 4, 8)}
+    layout = layout_of(caches, num_blocks=2, block_size=4)
+    caches["b"] = caches["b"].to("meta")
+    with pytest.raises(ValueError, match="one device"):
+        BlockStore(caches, layout)
