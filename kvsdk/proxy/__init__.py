@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=MODES,
         default=default["mode"],
-        help="params: pass kv_transfer_params on; repeat: only send the prompt to both; auto: whichever the servers can do",
+        help="params: pass kv_transfer_params on; repeat: only send the prompt to both; auto: what the servers can do",
     )
     seconds = {"type": float, "metavar": "SECONDS"}
     for name, text in (
