@@ -146,7 +146,8 @@ class _Proxy:
                 response = web.json_response(error_body(error.reason, kind, error.status), status=error.status)
             except Exception:
                 log.exception("request to %s failed in the proxy", request.path)
-                if request.get("streaming"):
+                if request.writer.output_size > 0:
+                    # Part of a reply is out; only a broken connection can say that it is not whole.
                     raise
                 response = _error("the proxy failed; its log says why", "server_error", 500)
             status = str(response.status)
@@ -277,7 +278,6 @@ class _Proxy:
                 "X-Request-Id": call.request_id,
             }
         )
-        request["streaming"] = True
         try:
             async with asyncio.timeout(self._config.client_timeout):
                 await response.prepare(request)
