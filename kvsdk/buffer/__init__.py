@@ -1,0 +1,31 @@
+"""Finding KV by prompt: prefix keys, the lookup buffer, its server and its client."""
+
+from kvsdk.buffer.client import PENDING, BufferClient, PeerState, Pending, RemoteClaim
+from kvsdk.buffer.curve import ClientCurve, ServerCurve
+from kvsdk.buffer.keys import PrefixKeys, prefix_keys, separator
+from kvsdk.buffer.lookup import BufferFull, Claim, EndedOffer, LookupBuffer, Offer
+from kvsdk.buffer.server import BufferServer
+from kvsdk.buffer.wire import BUFFER_WIRE, Field, VersionError, Wire
+
+__all__ = [
+    "BUFFER_WIRE",
+    "PENDING",
+    "BufferClient",
+    "BufferFull",
+    "BufferServer",
+    "Claim",
+    "ClientCurve",
+    "EndedOffer",
+    "Field",
+    "LookupBuffer",
+    "Offer",
+    "PeerState",
+    "Pending",
+    "PrefixKeys",
+    "RemoteClaim",
+    "ServerCurve",
+    "VersionError",
+    "Wire",
+    "prefix_keys",
+    "separator",
+]
