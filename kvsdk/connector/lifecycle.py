@@ -477,14 +477,17 @@ class WorkerLifecycle:
         self._half, self._clock, self._fence = half, context.clock, fence
         self._consumer = half if isinstance(half, ConsumerWorker) else None
         self._producer = half if isinstance(half, ProducerWorker) else None
-        self._orders: Orders | None = None
+        self._new_loads: list[LoadOrder] = []
+        self._new_saves: list[SaveOrder] = []
         self._loads: dict[int, LoadTask] = {}
         self._saves: dict[int, SaveTask] = {}
         self.counters = Counters()
 
     def begin(self, orders: Orders) -> None:
         """First call of a step: nothing of the step has been written to the KV cache yet."""
-        self._orders = orders
+        # Copied: where one process holds several workers they are given the same object.
+        self._new_loads += orders.loads
+        self._new_saves += orders.saves
         if self._producer is not None:
             for hold_id, blocks in orders.kept:
                 self._producer.kept(hold_id, blocks)
@@ -496,9 +499,7 @@ class WorkerLifecycle:
                 task.expire(Cancelled(f"request {task.request_id} was aborted"))
 
     def start_loads(self) -> None:
-        if self._orders is None or not self._orders.loads:
-            return
-        loads, self._orders.loads = self._orders.loads, []
+        loads, self._new_loads = self._new_loads, []
         for order in loads:
             task = LoadTask(order, self._clock() + order.timeout, self._fence())
             self._loads[order.load_id] = task
@@ -506,9 +507,7 @@ class WorkerLifecycle:
 
     def start_saves(self) -> None:
         """After the step's forward; vLLM up to 0.30 does not call this in empty steps, so `poll` does it again."""
-        if self._orders is None or not self._orders.saves:
-            return
-        saves, self._orders.saves = self._orders.saves, []
+        saves, self._new_saves = self._new_saves, []
         for order in saves:
             task = SaveTask(order, self._clock() + order.timeout, self._fence())
             self._saves[order.save_id] = task
@@ -567,9 +566,6 @@ class WorkerLifecycle:
     @property
     def num_open(self) -> int:
         return len(self._loads) + len(self._saves)
-
-    def end_step(self) -> None:
-        self._orders = None
 
     def close(self) -> None:
         for task in (*self._loads.values(), *self._saves.values()):

@@ -185,7 +185,7 @@ class BoundConnector(KVConnectorBase_V1):
         self._context = context = Context(
             options=options,
             engine_id=str(config.engine_id),
-            rank=_tensor_parallel_rank() if worker else 0,
+            rank=vllm_config.parallel_config.rank if worker else 0,
             world_size=vllm_config.parallel_config.world_size,
             model=_model_identity(vllm_config, options),
             cache=_geometry(vllm_config, kv_cache_config),
@@ -239,11 +239,6 @@ class BoundConnector(KVConnectorBase_V1):
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMetadata) and self._worker is not None
         self._worker.begin(connector_metadata.orders)
-
-    def clear_connector_metadata(self) -> None:
-        super().clear_connector_metadata()
-        assert self._worker is not None
-        self._worker.end_step()
 
     def start_load_kv(self, *args: Any, **kwargs: Any) -> None:
         assert self._worker is not None
@@ -385,12 +380,6 @@ def bind(connector: type[Connector]) -> type[BoundConnector]:
         if not isinstance(getattr(connector, half, None), type):
             raise TypeError(f"{connector!r} is not a kvsdk connector: it has no {half}")
     return type(connector.__name__, (BoundConnector,), {"connector": connector, "__module__": "kvsdk.vllm.connectors", "__doc__": connector.__doc__})
-
-
-def _tensor_parallel_rank() -> int:
-    from vllm.distributed import get_tensor_model_parallel_rank
-
-    return get_tensor_model_parallel_rank()
 
 
 def _attention_backend(vllm_config: VllmConfig) -> str:
