@@ -1,6 +1,6 @@
 """Finding KV by prompt: prefix keys, the lookup buffer, its server and its client."""
 
-from kvsdk.buffer.client import PENDING, BufferClient, PeerState, Pending, RemoteClaim
+from kvsdk.buffer.client import BufferClient, PeerState, Pending, PendingType, RemoteClaim
 from kvsdk.buffer.curve import ClientCurve, ServerCurve
 from kvsdk.buffer.keys import PrefixKeys, prefix_keys, separator
 from kvsdk.buffer.lookup import BufferFull, Claim, EndedOffer, LookupBuffer, Offer
@@ -9,7 +9,6 @@ from kvsdk.buffer.wire import BUFFER_WIRE, Field, VersionError, Wire
 
 __all__ = [
     "BUFFER_WIRE",
-    "PENDING",
     "BufferClient",
     "BufferFull",
     "BufferServer",
@@ -21,6 +20,7 @@ __all__ = [
     "Offer",
     "PeerState",
     "Pending",
+    "PendingType",
     "PrefixKeys",
     "RemoteClaim",
     "ServerCurve",

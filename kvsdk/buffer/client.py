@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import logging
 import re
@@ -36,14 +37,14 @@ _BATCH = 256
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 
 
-class Pending:
-    """The type of `PENDING`."""
+class PendingType(enum.Enum):
+    """The type of `Pending`, for annotations: an enum, so that `answer is Pending` narrows the type of the rest."""
 
-    def __repr__(self) -> str:
-        return "PENDING"
+    PENDING = "pending"
 
 
-PENDING = Pending()
+Pending = PendingType.PENDING
+"""What `BufferClient.poll` says while there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,8 @@ class BufferClient:
             usable = peer is not None and peer.state in ("connecting", "up")
             self._start(ticket, keys, min_tokens, [peer] if usable else [], "find_by_id", transfer_id=transfer_id)
 
-    def poll(self, ticket: str) -> Pending | RemoteClaim | None:
-        """`PENDING` until the lookup is answered or its timeout is over, then its answer, once: a claim, or None.
+    def poll(self, ticket: str) -> PendingType | RemoteClaim | None:
+        """`Pending` until the lookup is answered or its timeout is over, then its answer, once: a claim, or None.
 
         An unknown ticket is None. An answer that nobody polls for 60 s is dropped and its claim released.
         """
@@ -272,7 +273,7 @@ class BufferClient:
             uid = self._tickets.get(ticket)
             if uid is not None:
                 if now < self._lookups[uid].deadline:
-                    return PENDING
+                    return Pending
                 self._time_out(uid, now)
             claim, _ = self._answers.pop(ticket, (None, 0.0))
             if claim is not None and self._is_lost(claim, now):

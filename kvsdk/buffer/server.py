@@ -36,7 +36,7 @@ class BufferServer:
     Attributes:
         address: `host:port` as bound.
         port: as bound, also when 0 was asked for.
-        engine_id: differs from that of every other server, so that consumers notice a restart.
+        engine_id: the one given and a random suffix, so that consumers notice a restart under the same name.
         error: the last unexpected exception in the thread, or None. It was logged; the thread goes on.
     """
 
@@ -50,9 +50,9 @@ class BufferServer:
         check: Callable[[dict[str, Any]], None] = lambda theirs: None,
         wire: Wire = BUFFER_WIRE,
         curve: ServerCurve | None = None,
-        engine_id: str | None = None,
+        engine_id: str = "",
     ):
-        """Binds and starts to serve.
+        """Binds; `start` serves.
 
         Args:
             buffer: outlives the server; closing the server does not close it.
@@ -62,14 +62,14 @@ class BufferServer:
             check: called with a consumer's identity in the server's thread; raises MismatchError to refuse it.
             wire: the messages.
             curve: keys, if the connections are to be encrypted.
-            engine_id: made here when None.
+            engine_id: a name for the logs of consumers.
 
         Raises:
             ConfigError: the address cannot be bound, or a key is not one.
             ProtocolError: `identity` does not fit a message.
         """
         self._buffer, self._check, self._wire, self._curve = buffer, check, wire, curve
-        self.engine_id = engine_id or secrets.token_hex(16)
+        self.engine_id = f"{engine_id[:256]}/{secrets.token_hex(8)}"
         self.error: Exception | None = None
         self._welcome = wire.encode("welcome", engine_id=self.engine_id, identity=identity, lease=buffer.lease)
         self._counters = dict.fromkeys(("messages", "replies", "dropped", "rejected", "refused", "errors"), 0)
@@ -93,7 +93,13 @@ class BufferServer:
         self._wake_r, self._wake_w = socket.socketpair()
         self._wake_r.setblocking(False)
         self._thread = threading.Thread(target=self._run, name=f"kvsdk-buffer-server-{self.port}", daemon=True)
+
+    def start(self) -> BufferServer:
+        """Serve from a background thread; returns itself. Raises RuntimeError the second time, and after `close`."""
+        if self._closing.is_set():
+            raise RuntimeError("the lookup server is closed")
         self._thread.start()
+        return self
 
     @property
     def counters(self) -> dict[str, int]:
@@ -106,8 +112,13 @@ class BufferServer:
         """Stop serving and free the port. Returns within `timeout` seconds; twice is fine."""
         if not self._closing.is_set():
             self._closing.set()
-            self._wake_w.send(b"x")
-        self._thread.join(timeout)
+            if self._thread.ident is None:
+                # It was never started: the sockets are still this thread's to close.
+                self._release()
+            else:
+                self._wake_w.send(b"x")
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         if self._thread.is_alive():
             logger.error("the lookup server on %s did not stop within %.1f s", self.address, timeout)
             return
@@ -162,8 +173,11 @@ class BufferServer:
                     # An error that comes back at once must not turn the thread into a busy loop.
                     self._closing.wait(0.01)
         finally:
-            self._context.destroy(linger=0)
-            self._wake_r.close()
+            self._release()
+
+    def _release(self) -> None:
+        self._context.destroy(linger=0)
+        self._wake_r.close()
 
     def _until_next_lease(self) -> float:
         deadline = self._buffer.next_deadline()
@@ -257,8 +271,8 @@ class BufferServer:
         }
         return self._wire.encode("found", ticket=ticket, claim=values)
 
-    # Renewing, releasing and pinging need no hello: a consumer whose connection broke keeps what it holds, and a claim's id
-    # is known to its holder only.
+    # Renewing, releasing and pinging need no hello: a consumer whose connection broke keeps what it holds, and the id of
+    # a claim is known to its holder only.
 
     def _on_renew(self, peer: bytes, fields: dict[str, Any]) -> bytes:
         alive = self._buffer.renew(fields["claim_ids"])

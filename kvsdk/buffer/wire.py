@@ -171,6 +171,7 @@ def _check_plain(name: str, wanted: type, value: Any, limit: int | None, of: typ
 
 
 _ID = Field(str, limit=128)
+_ENGINE = Field(str, limit=512)
 _KEYS = {"num_tokens": int, "block_size": int, "blocks": bytes, "tail": Field(bytes, limit=16)}
 _CLAIM = {
     "claim_id": _ID,
@@ -196,14 +197,14 @@ BUFFER_WIRE = Wire(
         "release": {"claim_id": _ID, "used": bool},
         "ping": {},
         # Replies, in the same order.
-        "welcome": {"engine_id": _ID, "identity": dict, "lease": float},
-        "refused": {"engine_id": _ID, "field": str, "ours": str, "theirs": str},
+        "welcome": {"engine_id": _ENGINE, "identity": dict, "lease": float},
+        "refused": {"engine_id": _ENGINE, "field": str, "ours": str, "theirs": str},
         "found": {"ticket": int, "claim": Field(_CLAIM, optional=True)},
         "renewed": {"alive": Field(list, of=str), "ended": Field(list, of=str)},
         "released": {"claim_id": _ID, "known": bool},
-        "pong": {"engine_id": _ID},
+        "pong": {"engine_id": _ENGINE},
         # In place of any of them: say hello first; something went wrong here.
-        "hello_first": {"engine_id": _ID, "ticket": Field(int, optional=True)},
+        "hello_first": {"engine_id": _ENGINE, "ticket": Field(int, optional=True)},
         "error": {"message": str, "ticket": Field(int, optional=True)},
     },
 )
