@@ -83,6 +83,11 @@ def test_a_field_that_vllm_filled_in_itself_contradicts_nothing():
     assert parse_options(old_vllm(), extra={"kv_buffer_size": 7, "kv_ip": "127.0.0.2"}).kv_buffer_size == 7
 
 
+def test_true_is_not_vllms_default_of_one():
+    with pytest.raises(ConfigError, match=r"kv_parallel_size=True is a boolean"):
+        parse_options(old_vllm(kv_parallel_size=True))
+
+
 def test_an_unknown_option_is_refused_naming_the_nearest_known():
     with pytest.raises(ConfigError, match=r"'lookup_timout'.*nearest known option is 'lookup_timeout'"):
         options(lookup_timout=1)

@@ -275,6 +275,35 @@ async def test_both_legs_and_the_client_see_one_request_id_and_the_servers_its_a
         assert len(made) == 32
 
 
+@in_loop
+async def test_each_leg_has_a_connection_of_its_own_so_that_none_is_closed_under_it():
+    peers = []
+
+    async def answer(request, body):
+        peers.append(request.transport.get_extra_info("peername"))
+        return await decoded(request, body)
+
+    async with rig(decode=[answer]) as r:
+        for _ in range(3):
+            async with r.post() as response:
+                assert response.status == 200
+    assert len(set(peers)) == 3
+
+
+@in_loop
+async def test_a_server_cannot_send_a_request_elsewhere():
+    async with rig(decode=[decoded, decoded]) as r:
+
+        async def elsewhere(request, body):
+            return web.Response(status=307, headers={"Location": r.decode[1].url + request.path})
+
+        r.decode[0].answer = elsewhere
+        async with r.post(allow_redirects=False) as response:
+            assert response.status == 307
+            assert "Location" not in response.headers
+        assert r.decode[1].bodies == []
+
+
 # What vLLM's own connectors answer: a NIXL prefill server of two KV cache groups, and one of MoRIIO.
 OTHER_ANSWERS = [
     {
