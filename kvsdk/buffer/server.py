@@ -271,8 +271,8 @@ class BufferServer:
         }
         return self._wire.encode("found", ticket=ticket, claim=values)
 
-    # Renewing, releasing and pinging need no hello: a consumer whose connection broke keeps what it holds, and the id of
-    # a claim is known to its holder only.
+    # Renewing, releasing and pinging need no hello: a consumer whose connection broke keeps what it holds, and only its
+    # holder knows the id of a claim.
 
     def _on_renew(self, peer: bytes, fields: dict[str, Any]) -> bytes:
         alive = self._buffer.renew(fields["claim_ids"])
