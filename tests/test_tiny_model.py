@@ -72,7 +72,7 @@ def test_an_answer_is_the_same_each_time_and_says_more_than_one_thing(fixture, r
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_deepseek_v2"])
 def test_changing_one_early_token_changes_the_answer(fixture, request):
-    """Nearly always: a few tokens may weigh too little to turn the likeliest token of the next `ANSWER` into another."""
+    """Nearly always: a token may weigh too little to make another one the likeliest in any of the next `ANSWER`."""
     model = _load(request.getfixturevalue(fixture))
     prompt = _prompt(200)
     changed = []

@@ -80,8 +80,9 @@ def make_tiny_deepseek_v2(
 ) -> Path:
     """Write a DeepSeek-V2 with multi-head latent attention and dense layers only.
 
-    A token's cache entry is 512 + 64 wide, because vLLM's CPU kernel for latent attention knows that width alone. The
-    arguments are those of `make_tiny_llama`.
+    A token's cache entry is 512 + 64 wide, because vLLM's CPU kernel for latent attention knows that width alone.
+    Serve it in float32 with `--attention-backend CPU_MLA`: on a CPU with AMX, vLLM would choose a backend that
+    refuses float32. The arguments are those of `make_tiny_llama`.
     """
     heads, nope, rope, value, rank = 4, 32, 64, 32, 512
     config = {
