@@ -148,7 +148,9 @@ def test_tensors_of_inference_mode_can_be_written_outside_it():
 def test_a_staging_buffer_is_bytes_on_the_stores_device():
     store = make("HND").store()
     staging = store.staging(5)
-    assert staging.dtype == torch.uint8 and staging.dim() == 1 and staging.device == store.device
+    assert staging.dtype == torch.uint8
+    assert staging.dim() == 1
+    assert staging.device == store.device
     assert staging.numel() == store.staging_bytes(5) == 5 * store.layout.block_bytes
 
 

@@ -146,7 +146,7 @@ def test_layouts_that_differ_only_in_pool_size_strides_and_names_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "field, tensor, kwargs",
+    ("field", "tensor", "kwargs"),
     [
         ("block_size", hnd(), {"block_size": 32}),
         ("dtype.0", hnd(dtype=torch.float16), {}),
@@ -165,14 +165,14 @@ def test_other_backends_and_numbers_of_layers_are_named():
     a = layout_of({"0": hnd()}, num_blocks=8, block_size=N, backend="A").fingerprint()
     b = layout_of({"0": hnd()}, num_blocks=8, block_size=N, backend="B").fingerprint()
     two = layout_of({"0": hnd(), "1": hnd()}, num_blocks=8, block_size=N, backend="A").fingerprint()
-    with pytest.raises(MismatchError, match="^layout.backend differs: ours is 'A', the peer's is 'B'"):
+    with pytest.raises(MismatchError, match=r"^layout\.backend differs: ours is 'A', the peer's is 'B'"):
         check_same(a, b, "layout")
-    with pytest.raises(MismatchError, match="^layout.num_layers differs: ours is 1, the peer's is 2"):
+    with pytest.raises(MismatchError, match=r"^layout\.num_layers differs: ours is 1, the peer's is 2"):
         check_same(a, two, "layout")
 
 
 @pytest.mark.parametrize(
-    "ours, theirs, field",
+    ("ours", "theirs", "field"),
     [
         ({"a": 1, "b": 2}, {"b": 3}, "a"),
         ({"b": 2, "a": 1}, {"a": 0, "b": 0}, "b"),

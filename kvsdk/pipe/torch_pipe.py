@@ -1,0 +1,673 @@
+"""Pipes over `torch.distributed`: gloo between CPUs, NCCL between GPUs.
+
+Each pair has process groups of its own, constructed directly over a `TCPStore` of its own on an ephemeral port of the
+address asked for: never `init_process_group`, never vLLM's groups. So pairs come and go while others serve.
+
+A gloo group of the pair carries what controls it, and on CPUs the tensors too. Before each tensor both ends exchange a
+header with its number and size, so a disagreement ends in `ProtocolError` on both, and an NCCL kernel is enqueued only
+once the other end is about to enqueue its own: none spins on a GPU for a peer that is not there. A peer that dies
+closes its gloo sockets, which is how the other end of an NCCL pair learns of it.
+
+There is one way to break a gloo pair from another thread with public calls: let a receive that nobody answers time
+out. Gloo then closes the pair's connections, and every call on them fails, here and on the peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, MismatchError, PeerGone, PipeClosed, ProtocolError
+from kvsdk.pipe.base import Pipe, check_contiguous
+
+logger = logging.getLogger("kvsdk.pipe")
+
+PIPE_VERSION = 1
+KINDS = ("gloo", "nccl")
+
+_MAGIC = 0x6B7673646B706970
+# Gloo's tags; the first six add the rank that sends the tensor.
+_HELLO, _SENDER, _RECEIVER, _DATA, _TRAILER, _RECEIPT, _WATCH, _BREAK = 0, 2, 4, 6, 8, 10, 12, 13
+_FOREVER = timedelta(days=365)
+_PRODUCER, _CONSUMER = 0, 1
+# A peer that has its tensor closes at once; this end may still be copying out the same one.
+_GRACE_AFTER_PEER = 0.5
+_EVENT_LIMIT = 0.5
+_ABORT_LIMIT = 2.0
+_STORE_POLL = 0.005
+_INVITE_FIELDS = {"version": int, "kind": str, "host": str, "port": int, "pair": str, "max_ctas": int}
+
+
+class PipeInvite(TypedDict):
+    """What a `PipeHost` tells the other worker, as a message: plain values for msgpack.
+
+    Attributes:
+        version: of this protocol.
+        kind: `gloo` or `nccl`.
+        host: IP address of the store.
+        port: of the store.
+        pair: 32 hex digits; sets the pair's keys in the store apart.
+        max_ctas: thread blocks that NCCL may use for a transfer; 0 leaves it to NCCL. It also decides how much GPU
+            memory the pair holds, on both sides.
+    """
+
+    version: int
+    kind: str
+    host: str
+    port: int
+    pair: str
+    max_ctas: int
+
+
+def prepare_process(device_type: str) -> None:
+    """Keeps NCCL's watchdog from ending the process. Call once in a worker's main thread, before any pipe exists.
+
+    PyTorch reads these variables in the constructor of each NCCL process group, and by default its watchdog and its
+    monitor end the process when a peer dies: right for training, wrong for a server whose peers come and go.
+    Environment variables must not change while other threads run, so this is not done when a pipe is made. Groups that
+    exist already, such as vLLM's own by the time it makes its connector, are not affected.
+
+    Args:
+        device_type: `cuda`; anything else changes nothing.
+    """
+    if device_type != "cuda":
+        return
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # errors are this module's to handle: do not tear the process down
+        "TORCH_NCCL_ENABLE_MONITORING": "0",  # nor when the watchdog itself is slow
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # nor when the watchdog sees a CUDA error: it would be uncaught
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the dump would poll the store of a peer that may be gone
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",  # after an error the watchdog sleeps 4 times this; 15 s by default
+    }
+    for name, value in wanted.items():
+        if os.environ.get(name, value) != value:
+            logger.warning("%s=%s becomes %s, so that NCCL never ends this server", name, os.environ[name], value)
+        os.environ[name] = value
+
+
+def choose(kind: str, device_type: str) -> str:
+    """The kind of pipe to use on a device.
+
+    Args:
+        kind: `auto`, `gloo` or `nccl`.
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: the kind is unknown or cannot run on the device.
+    """
+    best = {"cuda": "nccl", "cpu": "gloo"}
+    if device_type not in best:
+        raise ConfigError(f"no pipe runs on device type {device_type!r}; use cpu or cuda")
+    if kind == "auto":
+        return best[device_type]
+    if kind not in KINDS:
+        raise ConfigError(f"pipe kind {kind!r} is unknown; use auto, {' or '.join(KINDS)}")
+    if kind != best[device_type]:
+        raise ConfigError(f"pipe kind {kind!r} does not run on {device_type}; use auto or {best[device_type]}")
+    if kind == "nccl" and not dist.is_nccl_available():
+        raise ConfigError("pipe kind 'nccl' needs a build of PyTorch with NCCL")
+    return kind
+
+
+class PipeHost:
+    """The producer's side of making pairs: any number of them, from any thread.
+
+    A pair is made in two steps, so that the invite can travel in a message of the caller's: `prepare` listens, and
+    `accept` waits for the other worker to `join`.
+    """
+
+    def __init__(self, kind: str, bind_ip: str, device: torch.device | str, max_ctas: int = 0):
+        """Checks the arguments; listens to nothing yet.
+
+        Args:
+            kind: `gloo` or `nccl`, from `choose`.
+            bind_ip: IP address to listen on, and which the peer can reach; not a wildcard.
+            device: where the tensors are.
+            max_ctas: thread blocks that NCCL may use for a transfer; 0 leaves it to NCCL.
+
+        Raises:
+            ConfigError: an argument is not usable.
+        """
+        self._device = _with_index(torch.device(device))
+        self._kind = choose(kind, self._device.type)
+        self._ip = _checked_ip(bind_ip)
+        if not 0 <= max_ctas <= 64:
+            raise ConfigError(f"max_ctas must be from 0 to 64, not {max_ctas}")
+        self._max_ctas = max_ctas
+        self._lock = threading.Lock()
+        self._stores: dict[str, dist.TCPStore] = {}
+        self._closed = False
+
+    def prepare(self) -> PipeInvite:
+        """Listens for one peer, on a port of its own, until `accept`, `discard` or `close`.
+
+        Returns:
+            What the peer needs for `join`.
+
+        Raises:
+            PipeClosed: the host is closed.
+            ConfigError: `bind_ip` is no address of this machine.
+        """
+        try:
+            listener = socket.create_server((self._ip, 0), family=_family(self._ip))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {self._ip}: {error}") from error
+        port = listener.getsockname()[1]
+        # Handing our socket over keeps the store off the wildcard address, where it would listen otherwise.
+        store = dist.TCPStore(
+            self._ip,
+            port,
+            2,
+            is_master=True,
+            timeout=_FOREVER,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        pair = uuid.uuid4().hex
+        with self._lock:
+            if self._closed:
+                raise PipeClosed("the pipe host is closed")
+            self._stores[pair] = store
+        return PipeInvite(
+            version=PIPE_VERSION, kind=self._kind, host=self._ip, port=port, pair=pair, max_ctas=self._max_ctas
+        )
+
+    def accept(self, invite: PipeInvite, deadline: float) -> Pipe:
+        """Waits for the peer to join and connects to it, both ways. The invite is used up, whatever happens.
+
+        Args:
+            invite: from `prepare`.
+            deadline: absolute, in seconds of `time.monotonic()`.
+
+        Returns:
+            The producer's end.
+
+        Raises:
+            DeadlineExceeded: the peer did not join, or did not answer, in time.
+            PeerGone: it joined and went away.
+            PipeClosed: the host was closed, or the invite was used up or discarded before.
+        """
+        pair = invite["pair"]
+        with self._lock:
+            store = self._stores.get(pair)
+        try:
+            while store is not None and not store.check([_joined_key(pair)]):
+                if time.monotonic() >= deadline:
+                    # The error's traceback keeps this frame, and the store in it would go on listening.
+                    store = None
+                    raise DeadlineExceeded("no peer joined by the deadline")
+                time.sleep(_STORE_POLL)
+                with self._lock:
+                    store = self._stores.get(pair)
+            if store is None:
+                raise PipeClosed("the invite is used up, or the pipe host is closed")
+        finally:
+            self.discard(invite)
+        return _connect(store, _PRODUCER, invite, self._device, self._ip, deadline)
+
+    def discard(self, invite: PipeInvite) -> None:
+        """Stops listening for a peer that will not come. Fine after `accept`, too."""
+        with self._lock:
+            self._stores.pop(invite["pair"], None)
+
+    def close(self) -> None:
+        """Stops listening; `accept` calls that wait raise `PipeClosed`. Pipes that exist stay. Twice is fine."""
+        with self._lock:
+            self._closed = True
+            self._stores.clear()
+
+
+def join(invite: dict[str, Any], device: torch.device | str, bind_ip: str, deadline: float) -> Pipe:
+    """Connects to the producer that made an invite: the consumer's end.
+
+    Args:
+        invite: a `PipeInvite` from the network: anything may be in it.
+        device: where the tensors are.
+        bind_ip: IP address of this machine to listen on, and which the peer can reach; not a wildcard.
+        deadline: absolute, in seconds of `time.monotonic()`.
+
+    Raises:
+        ProtocolError: the invite is malformed.
+        MismatchError: it is of another version, or for another kind of device.
+        ConfigError: `bind_ip` or the device is not usable.
+        PeerGone: nobody listens there any more, or the peer went away.
+        DeadlineExceeded: the peer did not answer in time.
+    """
+    device = _with_index(torch.device(device))
+    bind_ip = _checked_ip(bind_ip)
+    invite = _checked_invite(invite)
+    ours = choose("auto", device.type)
+    if invite["kind"] != ours:
+        raise MismatchError("pipe.kind", ours, invite["kind"])
+    _probe(invite["host"], invite["port"], deadline)
+
+    def connect_store() -> dist.TCPStore:
+        store = dist.TCPStore(
+            invite["host"], invite["port"], 2, is_master=False, timeout=_remaining(deadline), wait_for_workers=False
+        )
+        store.set(_joined_key(invite["pair"]), b"1")
+        return store
+
+    store = _within(deadline, "connecting to the peer's store", connect_store)
+    return _connect(store, _CONSUMER, invite, device, bind_ip, deadline)
+
+
+class TorchPipe(Pipe):
+    """A pair over gloo. One thread may send while another receives.
+
+    `send` returns once the peer has the bytes.
+    """
+
+    kind = "gloo"
+
+    def __init__(self, group: dist.ProcessGroupGloo, rank: int):
+        super().__init__()
+        self._gloo: dist.ProcessGroupGloo | None = group
+        self._rank, self._peer = rank, 1 - rank
+        self._numbers = [0, 0]  # of the next tensor, by the rank that sends it
+
+    def close(self, deadline: float) -> None:
+        self._fail(PipeClosed("the pipe was closed"))
+        if self._wait_idle(deadline):
+            self._release(deadline)
+        else:
+            logger.error("a call was still inside a closed pipe at the deadline; its process group is kept")
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        check_contiguous(tensor)
+        if tensor.device.type != "cpu":
+            raise ValueError(f"a gloo pipe carries CPU tensors, not tensors on {tensor.device}")
+
+    def _send(self, data: torch.Tensor, deadline: float) -> None:
+        self._meet(data.numel(), self._rank, deadline)
+        if data.numel():
+            self._carry(data, self._rank, deadline)
+
+    def _recv(self, data: torch.Tensor, deadline: float) -> None:
+        self._meet(data.numel(), self._peer, deadline)
+        if data.numel():
+            self._carry(data, self._peer, deadline)
+
+    def _carry(self, data: torch.Tensor, sender: int, deadline: float) -> None:
+        # When the connection ends, gloo wakes receives that have not begun, but nothing that is halfway. So each end
+        # waits for a small message behind the tensor, the receiver for a trailer and the sender for a receipt; the
+        # tensor's own operation is over by then.
+        sending = sender == self._rank
+        trailer, receipt = torch.zeros((2, 1), dtype=torch.uint8)
+        with self._typed_errors(deadline, "the tensor"):
+            tensor_done = self._post(data, sending, _DATA + sender)
+            trailer_done = self._post(trailer, sending, _TRAILER + sender)
+            if sending:
+                self._post(receipt, False, _RECEIPT + sender).wait(_remaining(deadline))
+            trailer_done.wait(_remaining(deadline))
+            tensor_done.wait(_remaining(deadline))
+            if not sending:
+                self._post(receipt, True, _RECEIPT + sender).wait(_remaining(deadline))
+        # A pair that is broken from another thread ends some waits without an error.
+        self._raise_if_broken()
+
+    def _meet(self, nbytes: int, sender: int, deadline: float) -> None:
+        """Exchanges headers with the peer, which must be about to do the other half of the same transfer."""
+        sending = sender == self._rank
+        own_tag, peer_tag = (_SENDER, _RECEIVER) if sending else (_RECEIVER, _SENDER)
+        number, self._numbers[sender] = self._numbers[sender], self._numbers[sender] + 1
+        ours = torch.tensor([_MAGIC, number, nbytes])
+        theirs = torch.zeros_like(ours)
+        with self._typed_errors(deadline, "the peer to be ready"):
+            ours_sent = self._post(ours, True, own_tag + sender)
+            self._post(theirs, False, peer_tag + sender).wait(_remaining(deadline))
+        self._raise_if_broken()
+        magic, their_number, their_nbytes = theirs.tolist()
+        error = None
+        if magic != _MAGIC or their_number != number:
+            error = f"the two ends are out of step: at tensor {number} here, at {their_number} there"
+        elif their_nbytes != nbytes:
+            sizes = (nbytes, their_nbytes) if sending else (their_nbytes, nbytes)
+            error = f"the sender's tensor has {sizes[0]} bytes, the receiver's {sizes[1]}"
+        with self._typed_errors(deadline, "the peer to be ready"):
+            # Also before an error, so that the peer learns of the disagreement rather than of a closed connection.
+            ours_sent.wait(_remaining(deadline))
+        if error:
+            raise self._fail(ProtocolError(error))
+        self._raise_if_broken()
+
+    def _post(self, tensor: torch.Tensor, sending: bool, tag: int) -> dist.Work:
+        group = self._gloo
+        if group is None:
+            raise PipeClosed("the pipe was closed")
+        return group.send([tensor], self._peer, tag) if sending else group.recv([tensor], self._peer, tag)
+
+    @contextlib.contextmanager
+    def _typed_errors(self, deadline: float, what: str) -> Iterator[None]:
+        """Turns what gloo raises, always a RuntimeError, into the error that the caller can act on."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._raise_if_broken()
+            if time.monotonic() >= deadline or _says_timeout(error):
+                raise self._fail(DeadlineExceeded(f"waited for {what} until the deadline")) from error
+            raise self._fail(PeerGone(f"the connection ended while waiting for {what}: {error}")) from error
+
+    def _break(self) -> None:
+        group = self._gloo
+        if group is None:
+            return
+        try:
+            group.recv([torch.empty(1, dtype=torch.uint8)], self._peer, _BREAK).wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            logger.debug("broke the connection to the peer: %s", error)
+
+    def _release(self, deadline: float) -> None:
+        self._gloo = None
+
+    def _hello(self, deadline: float) -> None:
+        """One small message each way, so that a pair that cannot talk fails before it is used.
+
+        Raises:
+            DeadlineExceeded, PeerGone: the peer did not answer.
+        """
+        theirs = torch.zeros(1, dtype=torch.int64)
+        with self._typed_errors(deadline, "the peer's first message"):
+            sent = self._post(torch.tensor([_MAGIC]), True, _HELLO + self._rank)
+            self._post(theirs, False, _HELLO + self._peer).wait(_remaining(deadline))
+            sent.wait(_remaining(deadline))
+        if theirs.item() != _MAGIC:
+            raise self._fail(ProtocolError("the peer's first message is not of this protocol"))
+
+
+class NcclPipe(TorchPipe):
+    """A pair over NCCL with gloo beside it. One operation at a time: a second thread gets `PipeBusy`, whatever it does.
+
+    Operations wait for the work that the calling thread's current stream holds when they start, and are over on the
+    host when they return, so any stream may use the tensor afterwards.
+
+    A kernel that waits for a dead peer ends when its communicator is aborted. Where the abort itself does not end
+    within seconds, that is logged and the tensor is kept alive for ever: do not write to it again. NCCL chooses its own
+    network interfaces (`NCCL_SOCKET_IFNAME`); `bind_ip` does not bind those.
+    """
+
+    kind = "nccl"
+
+    def __init__(self, group: dist.ProcessGroupGloo, rank: int, device: torch.device, pair_name: str):
+        super().__init__(group, rank)
+        self._receiving = self._sending
+        self._device = device
+        self._name = pair_name
+        self._nccl: Any = None
+        self._stream = torch.cuda.Stream(device)
+        self._aborter: threading.Thread | None = None
+        self._hostages: list[torch.Tensor] = []
+        self._watcher = threading.Thread(target=self._watch, name=f"kvsdk-pipe-watch-{pair_name}", daemon=True)
+
+    def _connect_nccl(self, store: dist.Store, max_ctas: int, deadline: float) -> None:
+        """Makes the communicator, eagerly, and sends one tensor each way.
+
+        Raises:
+            DeadlineExceeded, PeerGone: the peer did not take part.
+        """
+        self._watcher.start()
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = _FOREVER  # deadlines are this module's; the watchdog must never find a transfer too slow
+        if max_ctas:
+            options.config.max_ctas = max_ctas
+
+        def connect() -> None:
+            with torch.cuda.device(self._device):
+                group = dist.ProcessGroupNCCL(store, self._rank, 2, options)
+                # Point-to-point calls then use this communicator rather than one more for the pair of ranks.
+                group.eager_connect_single_device(self._device)
+            with self._state:
+                self._nccl = group
+            if self.broken:
+                self._abort_nccl()
+
+        # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline.
+        self._meet(0, _PRODUCER, deadline)
+        try:
+            _within(deadline, "making the NCCL communicator", connect)
+        except KVError as error:
+            raise self._fail(error) from error
+        with torch.cuda.device(self._device):
+            token = torch.zeros(8, dtype=torch.uint8, device=self._device)
+        for sender in (_PRODUCER, _CONSUMER):
+            self._meet(token.numel(), sender, deadline)
+            self._carry(token, sender, deadline)
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        check_contiguous(tensor)
+        if tensor.device != self._device:
+            raise ValueError(f"this pipe carries tensors on {self._device}, not on {tensor.device}")
+
+    def _carry(self, data: torch.Tensor, sender: int, deadline: float) -> None:
+        start = time.monotonic()
+        try:
+            with torch.cuda.device(self._device):
+                self._stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self._stream):
+                    group = self._nccl
+                    self._raise_if_broken()
+                    call = group.send if sender == self._rank else group.recv
+                    work = call([data], self._peer, 0)
+                late = DeadlineExceeded("waited for the tensor until the deadline")
+                self._poll(work.is_completed, start, deadline, late)
+                with torch.cuda.stream(self._stream):
+                    # Complete also means failed. The GPU's own word is an event behind the operation.
+                    work.wait()
+                    done = torch.cuda.Event()
+                    done.record()
+                failed = PeerGone("NCCL ended the operation without the GPU's having done it")
+                self._poll(done.query, start, time.monotonic() + _EVENT_LIMIT, failed)
+        except RuntimeError as error:
+            self._fail(PeerGone(f"NCCL failed: {error}"))
+        except KVError as error:
+            self._fail(error)
+        # An aborted kernel ends as if it had done its work, so the pipe's state decides.
+        if self.broken:
+            self._let_go(data)
+            self._raise_if_broken()
+
+    def _poll(self, done: Callable[[], bool], start: float, limit: float, late: KVError) -> None:
+        """Waits for `done`, in sleeps that grow with the wait: short transfers end soon, long ones cost little.
+
+        Raises `late` at the limit, or what broke the pipe meanwhile.
+        """
+        while not done():
+            now = time.monotonic()
+            self._raise_if_broken()
+            if now >= limit:
+                raise late
+            time.sleep(min(max((now - start) / 8, 20e-6), 1e-3))
+
+    def _watch(self) -> None:
+        """Waits on the gloo group for a message that never comes: its end is the peer's, or this pipe's own."""
+        try:
+            self._post(torch.zeros(1, dtype=torch.uint8), False, _WATCH).wait(_FOREVER)
+            ended = PeerGone("the peer sent what no peer sends")
+        except (RuntimeError, KVError) as error:
+            ended = PeerGone(f"the peer went away: {error}")
+        limit = time.monotonic() + _GRACE_AFTER_PEER
+        while not self.broken and self._sending.locked() and time.monotonic() < limit:
+            time.sleep(_STORE_POLL)
+        self._fail(ended)
+
+    def _break(self) -> None:
+        super()._break()
+        self._abort_nccl()
+
+    def _abort_nccl(self) -> None:
+        with self._state:
+            if self._nccl is None:
+                return
+            # In a thread, since an abort can hang, and whoever breaks a pipe must not. The thread also has the last
+            # reference: the group's destructor waits for PyTorch's watchdog.
+            self._aborter = threading.Thread(
+                target=self._run_abort, args=(self._nccl,), name=f"kvsdk-pipe-abort-{self._name}", daemon=True
+            )
+            self._nccl = None
+            self._aborter.start()
+
+    def _run_abort(self, group: Any) -> None:
+        try:
+            group.abort()
+        except Exception:
+            logger.exception("aborting NCCL's communicator of pair %s failed", self._name)
+
+    def _let_go(self, data: torch.Tensor) -> None:
+        """Waits until NCCL no longer touches a tensor."""
+        self._abort_nccl()  # whoever broke the pipe may not have come to that yet
+        aborter = self._aborter
+        if aborter is not None:
+            aborter.join(_ABORT_LIMIT)
+            if aborter.is_alive():
+                logger.error("NCCL's abort of pair %s does not end; %d bytes are given up", self._name, data.numel())
+                self._hostages.append(data)
+
+    def _release(self, deadline: float) -> None:
+        super()._release(deadline)
+        for thread in (self._watcher, self._aborter):
+            if thread is not None and thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        if self._aborter is not None and self._aborter.is_alive():
+            logger.error("NCCL's abort of pair %s did not end by the deadline", self._name)
+
+
+def _connect(
+    store: dist.Store, rank: int, invite: PipeInvite, device: torch.device, bind_ip: str, deadline: float
+) -> Pipe:
+    """Makes this end of a pair once both ends are at the store."""
+    pair_store = dist.PrefixStore(invite["pair"], store)
+
+    def make_group() -> dist.ProcessGroupGloo:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = _remaining(deadline)
+        options._threads = 1
+        # By host name, or gloo would listen on an interface of its own choice.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_ip, lazy_init=False)]
+        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", pair_store), rank, 2, options)
+
+    group = _within(deadline, "connecting to the peer", make_group)
+    nccl = invite["kind"] == "nccl"
+    pipe = NcclPipe(group, rank, device, invite["pair"][:8]) if nccl else TorchPipe(group, rank)
+    try:
+        pipe._hello(deadline)
+        if isinstance(pipe, NcclPipe):
+            pipe._connect_nccl(dist.PrefixStore("nccl", pair_store), invite["max_ctas"], deadline)
+    except BaseException:
+        pipe.close(time.monotonic() + _ABORT_LIMIT)
+        raise
+    return pipe
+
+
+def _joined_key(pair: str) -> str:
+    return f"{pair}/joined"
+
+
+def _checked_ip(ip: str) -> str:
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError as error:
+        raise ConfigError(f"{ip!r} is not an IP address") from error
+    if address.is_unspecified:
+        raise ConfigError(f"{ip} is every address of this machine; name the one that the peer can reach")
+    return ip
+
+
+def _checked_invite(invite: Any) -> PipeInvite:
+    """Raises ProtocolError or MismatchError unless every field is there, of its type and in range."""
+    if not isinstance(invite, dict):
+        raise ProtocolError(f"an invite must be a dict, not {type(invite).__name__}")
+    if invite.get("version") != PIPE_VERSION:
+        raise MismatchError("pipe.version", PIPE_VERSION, invite.get("version"))
+    for name, wanted in _INVITE_FIELDS.items():
+        if type(invite.get(name)) is not wanted:
+            raise ProtocolError(f"an invite's {name} must be {wanted.__name__}, not {invite.get(name)!r}")
+    if len(invite) > len(_INVITE_FIELDS):
+        raise ProtocolError(f"an invite has no {sorted(set(invite) - set(_INVITE_FIELDS), key=str)}")
+    try:
+        _checked_ip(invite["host"])
+    except ConfigError as error:
+        raise ProtocolError(f"an invite's host is not usable: {error}") from error
+    if not 0 < invite["port"] < 65536:
+        raise ProtocolError(f"an invite's port must be from 1 to 65535, not {invite['port']}")
+    if len(invite["pair"]) != 32 or set(invite["pair"]) - set("0123456789abcdef"):
+        raise ProtocolError("an invite's pair must be 32 hex digits")
+    if not 0 <= invite["max_ctas"] <= 64:
+        raise ProtocolError(f"an invite's max_ctas must be from 0 to 64, not {invite['max_ctas']}")
+    return PipeInvite(**invite)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The current device is a thread's own, so a pipe, which any thread may use, needs the number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _family(ip: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
+def _probe(host: str, port: int, deadline: float) -> None:
+    """Finds out whether anybody listens: the store's own client retries a refused connection past its timeout."""
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise DeadlineExceeded("the deadline had passed before the call")
+    try:
+        socket.create_connection((host, port), timeout=remaining).close()
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"nobody answered at {host}:{port} by the deadline") from error
+    except OSError as error:
+        raise PeerGone(f"nobody listens at {host}:{port}: {error}") from error
+
+
+def _says_timeout(error: BaseException) -> bool:
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text
+
+
+def _remaining(deadline: float) -> timedelta:
+    """What is left, at least a millisecond: gloo counts in those, and takes 0 for *no limit*."""
+    return timedelta(milliseconds=max(1, math.ceil((deadline - time.monotonic()) * 1000)))
+
+
+def _within(deadline: float, what: str, make: Callable[[], Any]) -> Any:
+    """Runs a call of PyTorch's that can outlast its own timeout, and gives up on it at the deadline.
+
+    The thread of a call that was given up on ends when PyTorch's own timeout does; what it made is dropped.
+
+    Raises:
+        DeadlineExceeded: the call had not ended by the deadline.
+        PeerGone: the call failed before it.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except Exception as error:
+            logger.debug("%s failed", what, exc_info=True)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="kvsdk-pipe-connect", daemon=True).start()
+    try:
+        return future.result(max(0.0, deadline - time.monotonic()))
+    except RuntimeError as error:
+        if time.monotonic() < deadline and not _says_timeout(error):
+            raise PeerGone(f"{what} failed: {error}") from error
+        raise DeadlineExceeded(f"{what} had not ended by the deadline") from error
+    except TimeoutError:
+        raise DeadlineExceeded(f"{what} had not ended by the deadline") from None
