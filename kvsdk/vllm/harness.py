@@ -299,6 +299,7 @@ class Engine:
         self.finish_reasons: dict[str, str] = {}
         self.params: dict[str, dict[str, Any] | None] = {}
         self.hits: dict[str, tuple[int, int]] = {}
+        self.stats: collections.Counter[str] = collections.Counter()
         self._lengths: dict[str, int] = {}
         self._free_at_start = self.num_free_blocks
 
@@ -355,6 +356,9 @@ class Engine:
         outputs = [worker.execute(output) for worker in self.workers]
         combined = self._aggregator.aggregate(outputs, 0) if len(outputs) > 1 else outputs[0]
         assert combined is not None
+        report = combined.kv_connector_output
+        if report is not None and report.kv_connector_stats is not None:
+            self.stats.update(report.kv_connector_stats.data)
         return combined
 
     def _update(self) -> None:

@@ -90,4 +90,5 @@ class Channel:
             return
         self._closed = True
         self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()

@@ -132,7 +132,7 @@ class Fetcher:
         deadline = min(deadline, began + PAIR_TIMEOUT)
         opening = Channel(address=self.address)
         try:
-            opening.send("open", kind=self._kind, timeout=deadline - began)
+            opening.send("open", pipe=self._kind, timeout=deadline - began)
             kind, fields = opening.recv(deadline)
         finally:
             opening.close()

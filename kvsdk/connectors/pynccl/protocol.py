@@ -15,7 +15,7 @@ WORKER_WIRE = Wire(
     "kvsdk.worker/1",
     {
         # consumer -> producer, to the worker's listener; answered once
-        "open": {"kind": _ID, "timeout": float},
+        "open": {"pipe": _ID, "timeout": float},
         "invited": {"invite": dict, "control": Field(str, limit=256)},
         "refused": {"reason": str},
         # consumer -> producer, on the pair's own channel

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
+import pathlib
 from typing import Any
 
-from kvsdk.buffer.client import BufferClient, Pending, RemoteClaim
-from kvsdk.buffer.lookup import BufferFull, LookupBuffer
-from kvsdk.buffer.server import BufferServer
+import zmq.auth
+
+from kvsdk.buffer import BufferClient, BufferFull, BufferServer, ClientCurve, LookupBuffer, Pending, RemoteClaim, ServerCurve
 from kvsdk.connector.interface import (
     ASK_AGAIN,
     AskAgain,
@@ -20,6 +20,7 @@ from kvsdk.connector.interface import (
     ProducerScheduler,
     RequestView,
 )
+from kvsdk.config import Options, Producers, format_address
 from kvsdk.connectors.pynccl.protocol import Source, compare
 from kvsdk.errors import ConfigError, OfferTooLarge
 from kvsdk.kernels import DIGEST_ALGORITHM
@@ -37,7 +38,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         self._buffer: LookupBuffer | None = None
         self._server: BufferServer | None = None
         self._client: BufferClient | None = None
-        self._producers_file = _ProducersFile(options.producers_file) if options.consumes and options.producers_file else None
+        self._producers: Producers | None = None
+        self._asked_producers: tuple[str, ...] = ()
         self._claims: dict[str, RemoteClaim] = {}
         self._asked: set[str] = set()
         if options.produces:
@@ -70,13 +72,16 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
 
         if self._buffer is not None:
             self._server = BufferServer(
-                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check, engine_id=context.engine_id
-            )
-            self._server.start()
+                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check,
+                engine_id=context.engine_id, curve=server_curve(options),
+            ).start()  # fmt: skip
             logger.info("offers prompts' KV at %s:%d, keeps up to %d bytes", options.kv_ip, self._server.port, int(options.kv_buffer_size))
         if options.consumes:
-            producers = self._producers_file.read() if self._producers_file else options.producers
-            self._client = BufferClient(identity=identity, producers=producers, check=check, lookup_timeout=options.lookup_timeout)
+            self._producers = Producers(options)
+            producers = self._asked_producers = self._producers.current()
+            self._client = BufferClient(
+                identity=identity, producers=producers, check=check, lookup_timeout=options.lookup_timeout, curve=client_curve(options)
+            )
             logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")
 
     # ---- consumer
@@ -111,11 +116,14 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             logger.warning("request %s: its kv_transfer_params are ignored: %s", request.id, params.reason)
         if params.role is Role.DECODE_ELSEWHERE:
             return False
-        if self._producers_file is not None and (changed := self._producers_file.read_if_changed()) is not None:
-            logger.info("producers are now %s", ", ".join(changed) or "none")
-            self._client.set_producers(changed)
+        assert self._producers is not None
+        producers = self._producers.current()
+        if producers != self._asked_producers:
+            self._asked_producers = producers
+            logger.info("producers are now %s", ", ".join(producers) or "none")
+            self._client.set_producers(producers)
         if params.role is Role.PREFILLED_ELSEWHERE and params.remote_host is not None:
-            address = f"{params.remote_host}:{params.remote_port}"
+            address = format_address(params.remote_host, params.remote_port)
             if self._may_ask(address):
                 self._client.find_by_id(request.id, address, params.transfer_id, request.keys, num_local_tokens)
                 return True
@@ -126,9 +134,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
     def _may_ask(self, address: str) -> bool:
         """A client's parameters may name any producer where none is configured, and else only those configured: an address that
         any HTTP client chooses could serve wrong KV, which the prefix cache would then give to everybody."""
-        assert self._client is not None
         options = self.context.options
-        return address in self._client.peers() or not (options.producers or self._producers_file)
+        return address in self._asked_producers or not (options.producers or options.producers_file)
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Source:
         claim: RemoteClaim = hit.source
@@ -195,28 +202,43 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             self._buffer.close()
 
 
-class _ProducersFile:
-    """A file with one `host:port` a line, read again when it changes."""
+def server_curve(options: Options) -> ServerCurve | None:
+    """A producer's keys, from the files that the options name.
 
-    def __init__(self, path: str):
-        self._path = path
-        self._seen: tuple[int, int] | None = None
+    Raises:
+        ConfigError: a file holds no such key.
+    """
+    if options.curve_secret_key is None:
+        return None
+    public, secret = _certificate("curve_secret_key", options.curve_secret_key, secret=True)
+    clients = None
+    if options.curve_client_keys is not None:
+        folder = pathlib.Path(options.curve_client_keys)
+        clients = frozenset(_certificate("curve_client_keys", str(file))[0] for file in sorted(folder.glob("*.key")))
+        if not clients:
+            raise ConfigError(f"curve_client_keys={folder} holds no *.key file: no consumer could connect")
+    return ServerCurve(public, secret, clients)
 
-    def read(self) -> list[str]:
-        return self.read_if_changed() or []
 
-    def read_if_changed(self) -> list[str] | None:
-        try:
-            status = os.stat(self._path)
-            seen = (status.st_mtime_ns, status.st_size)
-            if seen == self._seen:
-                return None
-            with open(self._path, encoding="utf-8") as file:
-                lines = [line.split("#")[0].strip() for line in file]
-        except OSError as error:
-            if self._seen is None:
-                raise ConfigError(f"producers_file={self._path} cannot be read: {error}") from error
-            logger.warning("producers_file=%s cannot be read, the producers stay as they are: %s", self._path, error)
-            return None
-        self._seen = seen
-        return [line for line in lines if line]
+def client_curve(options: Options) -> ClientCurve | None:
+    """A consumer's keys, from the files that the options name.
+
+    Raises:
+        ConfigError: a file holds no such key.
+    """
+    if options.curve_server_key is None:
+        return None
+    if options.curve_secret_key is None:
+        raise ConfigError("curve_server_key needs curve_secret_key, this server's own certificate")
+    public, secret = _certificate("curve_secret_key", options.curve_secret_key, secret=True)
+    return ClientCurve(public, secret, _certificate("curve_server_key", options.curve_server_key)[0])
+
+
+def _certificate(option: str, path: str, *, secret: bool = False) -> tuple[bytes, bytes]:
+    try:
+        public, private = zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}={path} is not a ZMQ certificate: {error}") from error
+    if secret and private is None:
+        raise ConfigError(f"{option}={path} holds no secret key")
+    return public, private or b""

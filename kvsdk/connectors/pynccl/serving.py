@@ -86,16 +86,16 @@ class WorkerServer:
     Args:
         store: this worker's KV cache.
         offers: what may be read.
-        host: makes pipes.
+        kind: the kind of pipe that `make_host`'s hosts make.
         bind_ip: where to listen; the port is ephemeral.
         staging_bytes: size of one pair's staging buffer.
         counters: where `sent_bytes` is counted.
     """
 
     def __init__(
-        self, store: BlockStore, offers: Offers, *, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counters
+        self, store: BlockStore, offers: Offers, *, kind: str, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counters
     ):
-        self._store, self._offers, self._make_host = store, offers, make_host
+        self._store, self._offers, self._kind, self._make_host = store, offers, kind, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
         self._chunk = max(1, staging_bytes // store.staging_bytes(1))
         self._listener = zmq_context().socket(zmq.ROUTER)
@@ -136,9 +136,9 @@ class WorkerServer:
         kind, fields = WORKER_WIRE.decode(frames[0])
         if kind != "open":
             raise ProtocolError(f"{kind} at the listener")
+        if fields["pipe"] != self._kind:
+            return WORKER_WIRE.encode("refused", reason=f"this worker speaks {self._kind}, not {fields['pipe']}")
         host = self._make_host()
-        if fields["kind"] != host.kind:
-            return WORKER_WIRE.encode("refused", reason=f"this worker speaks {host.kind}, not {fields['kind']}")
         invite = host.prepare()
         channel = Channel(bind_ip=self._bind_ip)
         timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
@@ -169,6 +169,7 @@ class WorkerServer:
             logger.exception("a pair ends with an error")
         finally:
             channel.close()
+            host.close()
             if pipe is not None:
                 with self._lock:
                     self._pipes.discard(pipe)

@@ -42,6 +42,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
             self._server = WorkerServer(
                 self._store,
                 self._offers,
+                kind=self._kind,
                 make_host=self.make_host,
                 bind_ip=options.kv_ip,
                 staging_bytes=options.staging_bytes,
@@ -56,7 +57,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
 
     def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
         """The consumer's end of a pair."""
-        return join(invite, self._device, bind_ip, deadline, max_ctas=self.context.options.nccl_max_ctas)
+        return join(invite, self._device, bind_ip, deadline)
 
     def handshake(self) -> dict[str, Any]:
         return {
