@@ -411,6 +411,18 @@ def test_the_tree_finds_what_a_scan_finds(data):
     assert count_nodes(tree._root) <= 2 * len(names) + 1
 
 
+def test_short_lived_branches_leave_the_tree_as_it_was():
+    tree, trunk = PrefixTree(), list(range(80))
+    tree.insert(keys_of(trunk).blocks, "trunk")
+    for blocks in range(1, 20):
+        branch = keys_of([*trunk[: blocks * BLOCK_SIZE], 99, 99, 99, 99])
+        tree.insert(branch.blocks, "branch")
+        assert count_nodes(tree._root) == 4
+        tree.remove(branch.blocks, "branch")
+        assert count_nodes(tree._root) == 2
+    assert tree.find(keys_of(trunk).blocks) == (20, "trunk")
+
+
 def count_nodes(node):
     return 1 + sum(count_nodes(child) for child in node.children.values())
 

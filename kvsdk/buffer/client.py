@@ -33,6 +33,7 @@ MAX_TEMPORARY = 256
 
 # Seconds that the thread sleeps at most, so that it follows an injected clock.
 _TICK = 0.1
+_CLOSING_TICK = 0.01
 _BATCH = 256
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 
@@ -339,7 +340,7 @@ class BufferClient:
                     self._release(held.claim, used=False)
                 self._closing = True
                 # On the real clock, and with time left to close the sockets.
-                self._close_by = time.monotonic() + 0.7 * timeout
+                self._close_by = time.monotonic() + 0.5 * timeout
                 self._wake()
         self._thread.join(timeout)
         if self._thread.is_alive():
@@ -455,7 +456,7 @@ class BufferClient:
         try:
             while not self._done():
                 try:
-                    self._step(tick)
+                    self._step(_CLOSING_TICK if self._closing else tick)
                 except Exception as e:
                     self.error = e
                     logger.error("the lookup client failed and goes on", exc_info=e)

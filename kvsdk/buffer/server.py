@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import socket
@@ -137,9 +138,9 @@ class BufferServer:
         try:
             router.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as e:
-            if e.errno == zmq.EADDRINUSE:
+            if e.errno == errno.EADDRINUSE:
                 advice = "it is in use; end the process that listens there, or set kv_port to a free port"
-            elif e.errno in (zmq.EADDRNOTAVAIL, zmq.ENODEV):
+            elif e.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
                 advice = "no interface of this host has the address; set kv_ip to one that has"
             else:
                 advice = f"{e.strerror}; set kv_ip to an IP address of this host and kv_port to a free port"
@@ -193,8 +194,8 @@ class BufferServer:
             reply = self._answer(frames)
             if reply is not None:
                 # A ROUTER never blocks: what cannot be delivered is dropped, and the consumer's deadline ends its wait.
-                self._socket.send_multipart([frames[0], reply], zmq.NOBLOCK)
                 self._counters["replies"] += 1
+                self._socket.send_multipart([frames[0], reply], zmq.NOBLOCK)
 
     def _answer(self, frames: list[bytes]) -> bytes | None:
         try:
