@@ -57,9 +57,8 @@ class BlockStore:
             longest = max(-(-layer.block_bytes // 8) for layer in layout.layers)
             self._keys = splitmix64(np.arange(longest, dtype=np.uint64))
             self._multipliers = splitmix64(self._keys) | np.uint64(1)
-            if self.device.type == "cuda":
-                self._device_keys = torch.from_numpy(self._keys.view(np.int64)).to(self.device)
-                self._device_multipliers = torch.from_numpy(self._multipliers.view(np.int64)).to(self.device)
+            self._device_keys = torch.from_numpy(self._keys.view(np.int64)).to(self.device)
+            self._device_multipliers = torch.from_numpy(self._multipliers.view(np.int64)).to(self.device)
 
     def staging_bytes(self, num_blocks: int) -> int:
         """Bytes that `num_blocks` blocks take in a staging buffer."""
@@ -146,7 +145,7 @@ class BlockStore:
         parts = self._parts(staging, num_blocks, torch.uint8)
         if num_blocks == 0:
             return np.zeros(0, dtype=np.uint64)
-        sums_LB = self._sums_cuda(parts) if self.device.type == "cuda" else self._sums_cpu(parts)
+        sums_LB = self._sums_by_torch(parts) if self.device.type == "cuda" else self._sums_by_numpy(parts)
         layers = np.arange(len(parts), dtype=np.uint64)[:, None]
         place = splitmix64(positions.view(np.uint64))[None, :]
         seeds = splitmix64(layers * np.uint64(_GOLDEN) + np.uint64(_LAYER_SEED) + place)
@@ -206,8 +205,8 @@ class BlockStore:
             return index.pin_memory().to(self.device, non_blocking=True)
         return index
 
-    def _sums_cpu(self, parts: list[torch.Tensor]) -> np.ndarray:
-        """Sums of the mixed words, `(layers, blocks)`, by NumPy: it has unsigned shifts and is twice as fast here."""
+    def _sums_by_numpy(self, parts: list[torch.Tensor]) -> np.ndarray:
+        """Sums of the mixed words, `(layers, blocks)`, for CPUs: NumPy shifts unsigned and is twice as fast there."""
         sums_LB = np.zeros((len(parts), parts[0].shape[0]), dtype=np.uint64)
         temporary = np.empty((2, _CPU_PIECE), dtype=np.uint64)
         for sums_B, part in zip(sums_LB, parts, strict=True):
@@ -223,8 +222,8 @@ class BlockStore:
                 sums_B[rows] += y.sum(axis=1, dtype=np.uint64)
         return sums_LB
 
-    def _sums_cuda(self, parts: list[torch.Tensor]) -> np.ndarray:
-        """The same sums by PyTorch, whose int64 wraps like uint64 but shifts in the sign, which a mask undoes."""
+    def _sums_by_torch(self, parts: list[torch.Tensor]) -> np.ndarray:
+        """The same sums for GPUs. PyTorch's int64 wraps like uint64 but shifts in the sign, which a mask undoes."""
         with torch.inference_mode(False):
             sums_LB = torch.zeros((len(parts), parts[0].shape[0]), dtype=torch.int64, device=self.device)
             temporary = torch.empty((2, _CUDA_PIECE), dtype=torch.int64, device=self.device)

@@ -245,6 +245,17 @@ def test_a_digest_is_mix64_v1(cache, blocks, first):
     assert [int(d) for d in got] == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_digests_on_gpus_computes_the_same_on_a_cpu(kind, monkeypatch):
+    monkeypatch.setattr("kvsdk.kernels._CUDA_PIECE", 24)
+    for content in (9, 16):
+        store = make(kind, torch.uint8, content=content).store()
+        data = random_staging(store, 5)
+        expected = digest(store, data)
+        monkeypatch.setattr(store, "_sums_by_numpy", store._sums_by_torch)
+        assert digest(store, data).tolist() == expected.tolist()
+
+
 def test_splitmix64_is_the_published_generator():
     assert int(splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
 

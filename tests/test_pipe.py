@@ -31,7 +31,7 @@ from kvsdk.errors import (
 )
 from kvsdk.pipe import PipeHost, choose, in_process_pair, join, lockstep_pair, prepare_process
 
-SOON = 0.15
+SOON = 0.05
 LONG = 20.0
 
 
@@ -319,6 +319,7 @@ def test_closing_is_bounded_while_calls_run(pair, threads):
 def test_two_threads_in_one_direction_are_refused_and_harm_nothing(pair, threads, direction):
     a, b = pair
     waiting = block(threads, pair, direction)
+    wait_until((a._sending if direction == "send" else a._receiving).locked)
     with pytest.raises(PipeBusy):
         getattr(a, direction)(torch.zeros(8, dtype=torch.uint8), within(LONG))
     assert not a.broken

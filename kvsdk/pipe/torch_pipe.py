@@ -435,17 +435,21 @@ class NcclPipe(TorchPipe):
             if self.broken:
                 self._abort_nccl()
 
-        # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline.
+        def warm_up() -> None:
+            with torch.cuda.device(self._device):
+                token = torch.zeros(8, dtype=torch.uint8, device=self._device)
+            for sender in (_PRODUCER, _CONSUMER):
+                self._meet(token.numel(), sender, deadline)
+                self._carry(token, sender, deadline)
+
+        # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline,
+        # also when the first operation in a direction connects it.
         self._meet(0, _PRODUCER, deadline)
         try:
             _within(deadline, "making the NCCL communicator", connect)
+            _within(deadline, "the first tensor over NCCL", warm_up)
         except KVError as error:
             raise self._fail(error) from error
-        with torch.cuda.device(self._device):
-            token = torch.zeros(8, dtype=torch.uint8, device=self._device)
-        for sender in (_PRODUCER, _CONSUMER):
-            self._meet(token.numel(), sender, deadline)
-            self._carry(token, sender, deadline)
 
     def _check(self, tensor: torch.Tensor) -> None:
         check_contiguous(tensor)
