@@ -28,8 +28,10 @@ WORKER_WIRE = Wire(
     },
 )
 
-COMPARED = ("protocol", "model", "parallel", "layout", "digest", "pipe")
+COMPARED = ("protocol", "model", "parallel", "layout", "pipe", "digest")
 """What must be equal on two servers, in the order in which a difference is named."""
+
+NO_DIGEST = "off"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,5 +48,9 @@ class Source:
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raises MismatchError with the first field that differs."""
-    check_same({name: ours[name] for name in COMPARED}, {name: theirs.get(name) for name in COMPARED if name in theirs})
+    """Raises MismatchError with the first field that differs.
+
+    A consumer that checks nothing takes blocks with any digest or none; one that checks refuses a producer that sends none.
+    """
+    names = [name for name in COMPARED if name != "digest" or ours["verify"]]
+    check_same({name: ours[name] for name in names}, {name: theirs[name] for name in names if name in theirs})

@@ -21,7 +21,7 @@ from kvsdk.connector.interface import (
     RequestView,
 )
 from kvsdk.config import Options, Producers, format_address
-from kvsdk.connectors.pynccl.protocol import Source, compare
+from kvsdk.connectors.pynccl.protocol import NO_DIGEST, Source, compare
 from kvsdk.errors import ConfigError, OfferTooLarge
 from kvsdk.kernels import DIGEST_ALGORITHM
 from kvsdk.transfer_params import Role, classify, offer_params
@@ -61,18 +61,21 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             "model": dict(context.model),
             "parallel": {"world_size": context.world_size},
             "layout": workers[0]["layout"],
-            "digest": DIGEST_ALGORITHM if options.verify else "off",
+            "digest": DIGEST_ALGORITHM if options.verify else NO_DIGEST,
             "pipe": workers[0]["pipe"],
             "engine_id": context.engine_id,
             "workers": [worker["address"] for worker in workers],
         }
 
-        def check(theirs: dict[str, Any]) -> None:
-            compare(identity, theirs)
+        def check_producer(theirs: dict[str, Any]) -> None:
+            compare(identity | {"verify": options.verify}, theirs)
+
+        def check_consumer(theirs: dict[str, Any]) -> None:
+            compare(identity | {"verify": theirs.get("digest") != NO_DIGEST}, theirs)
 
         if self._buffer is not None:
             self._server = BufferServer(
-                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check,
+                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check_consumer,
                 engine_id=context.engine_id, curve=server_curve(options),
             ).start()  # fmt: skip
             logger.info("offers prompts' KV at %s:%d, keeps up to %d bytes", options.kv_ip, self._server.port, int(options.kv_buffer_size))
@@ -80,7 +83,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             self._producers = Producers(options)
             producers = self._asked_producers = self._producers.current()
             self._client = BufferClient(
-                identity=identity, producers=producers, check=check, lookup_timeout=options.lookup_timeout, curve=client_curve(options)
+                identity=identity, producers=producers, check=check_producer, lookup_timeout=options.lookup_timeout, curve=client_curve(options)
             )
             logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")
 

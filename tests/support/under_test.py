@@ -1,0 +1,70 @@
+"""PyNcclConnectors for tests in real servers, loaded by path: `"kv_connector": "under_test:FlippingConnector"`.
+
+They put faults where a test wants them, or write down what a test compares, without a line for it in the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+
+from kvsdk.connectors.pynccl import PyNcclConnector, PyNcclWorker
+
+
+class _FlippingPipe:
+    """Flips one bit of every message received."""
+
+    def __init__(self, pipe):
+        self._pipe = pipe
+
+    def recv(self, tensor, deadline):
+        self._pipe.recv(tensor, deadline)
+        tensor[tensor.numel() // 3] ^= 64
+
+    def __getattr__(self, name):
+        return getattr(self._pipe, name)
+
+
+class FlippingWorker(PyNcclWorker):
+    def join(self, invite, bind_ip, deadline):
+        return _FlippingPipe(super().join(invite, bind_ip, deadline))
+
+
+class FlippingConnector(PyNcclConnector):
+    """Every message that arrives has one bit flipped, in one block of one layer."""
+
+    worker_half = FlippingWorker
+
+
+class RecordingWorker(PyNcclWorker):
+    """Writes a line `side transfer_id first_block sha256 ...` for the blocks kept, and for those loaded, read back from the cache."""
+
+    def _record(self, side, transfer_id, first, block_ids):
+        staging = self._store.staging(len(block_ids))
+        self._store.gather(np.asarray(block_ids), staging)
+        per_layer = [part.cpu().numpy() for part in self._store._parts(staging, len(block_ids))]
+        hashes = [hashlib.sha256(b"".join(part[i].tobytes() for part in per_layer)).hexdigest() for i in range(len(block_ids))]
+        with open(os.environ["KVSDK_TEST_RECORD"], "a", encoding="ascii") as file:
+            file.write(" ".join([side, transfer_id, str(first), *hashes]) + "\n")
+
+    def kept(self, hold_id, blocks):
+        self._record("kept", hold_id, 0, blocks[0])
+        super().kept(hold_id, blocks)
+
+    def load(self, task):
+        done = task.done
+
+        def record_and_end():
+            self._record("loaded", task.source.transfer_id, task.first_block, task.blocks[0])
+            done()
+
+        task.done = record_and_end
+        super().load(task)
+
+
+class RecordingConnector(PyNcclConnector):
+    """Writes down the bytes of every block handed over, as each side's KV cache holds them."""
+
+    worker_half = RecordingWorker
