@@ -96,7 +96,6 @@ class _Peer:
         self.identity: dict[str, Any] = {}
         self.lease = 0.0
         self.since = self.last_used = now
-        self.warned = False
         self.warned_refusal: tuple[str | None, str] | None = None
         self.hello_at = self.ping_at = self.renew_at = self.renewed_at = now
         self.unanswered_pings = 0
@@ -625,7 +624,7 @@ class BufferClient:
         except MismatchError as e:
             self._refused(peer, str(e), fields["engine_id"], now)
             return
-        self._lose(peer, now, but=fields["engine_id"])
+        self._lose(peer, but=fields["engine_id"])
         peer.engine_id, peer.identity, peer.lease = fields["engine_id"], fields["identity"], fields["lease"]
         if peer.state != "up":
             logger.info("the producer on %s is up", peer.address)
@@ -717,8 +716,7 @@ class BufferClient:
                 self._finish(uid, now)
 
     def _replaced(self, peer: _Peer, engine_id: str, now: float) -> None:
-        """Another server answers on the address; what was claimed at the one before is gone."""
-        self._lose(peer, now, but=engine_id)
+        """Another server answers on the address. Its welcome, refusal or silence ends the claims at the one before."""
         peer.engine_id = engine_id
         self._greet_again(peer, now)
 
@@ -730,7 +728,7 @@ class BufferClient:
 
     def _refused(self, peer: _Peer, reason: str, engine_id: str | None, now: float) -> None:
         peer.engine_id = engine_id
-        self._lose(peer, now, but=None)
+        self._lose(peer)
         self._answer_all(peer, now)
         if peer.state != "refused":
             peer.state = "refused"
@@ -742,14 +740,12 @@ class BufferClient:
             logger.warning("no KV comes from the producer on %s: %s", peer.address, reason)
 
     def _down(self, peer: _Peer, reason: str, now: float) -> None:
-        # An address that never answered is warned about once, however often it is tried.
-        if peer.engine_id is not None or not peer.warned:
-            logger.warning("the producer on %s is down: %s", peer.address, reason)
-            peer.warned = True
+        # From here only a welcome or a refusal leads out, so an address that never answers is warned about once.
+        logger.warning("the producer on %s is down: %s", peer.address, reason)
         peer.state, peer.reason = "down", reason
         peer.unanswered_pings, peer.probe_until = 0, None
         peer.hello_at = now
-        self._lose(peer, now, but=None)
+        self._lose(peer)
         self._answer_all(peer, now)
 
     def _answer_all(self, peer: _Peer, now: float) -> None:
@@ -759,7 +755,7 @@ class BufferClient:
         for uid in [uid for uid, lookup in self._lookups.items() if peer.address in lookup.unanswered]:
             self._nothing(peer, uid, now)
 
-    def _lose(self, peer: _Peer, now: float, but: str | None) -> None:
+    def _lose(self, peer: _Peer, but: str | None = None) -> None:
         """The claims at this address are lost, except those at the server `but`."""
         count = 0
         for held in self._held.values():
