@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Disaggregated prefilling with kvsdk: a prefill server on port 8100 computes the KV cache of a prompt, a decode server on
-# port 8200 takes it over and answers, and a proxy on port 8000 sends every prompt to the one and then to the other.
+# Disaggregated prefilling with kvsdk: a prefill server on port 8100 computes the KV cache of a prompt, a decode server
+# on port 8200 takes it over and answers, and a proxy on port 8000 sends every prompt to the one and then to the other.
 #
 #   examples/disaggregated_prefill.sh
 #   MODEL=meta-llama/Llama-3.1-8B-Instruct examples/disaggregated_prefill.sh
@@ -83,8 +83,10 @@ prefill_config=$(kvsdk config "{$common, \"kv_role\": \"kv_producer\", \"kv_rank
 decode_config=$(kvsdk config "{$common, \"kv_role\": \"kv_consumer\", \"kv_rank\": 1}")
 
 echo "starting the servers ..."
-start prefill env "${prefill_env[@]}" vllm serve "$MODEL" --port $PREFILL_PORT "${args[@]}" --kv-transfer-config "$prefill_config"
-start decode env "${decode_env[@]}" vllm serve "$MODEL" --port $DECODE_PORT "${args[@]}" --kv-transfer-config "$decode_config"
+start prefill env "${prefill_env[@]}" vllm serve "$MODEL" "${args[@]}" \
+    --port $PREFILL_PORT --kv-transfer-config "$prefill_config"
+start decode env "${decode_env[@]}" vllm serve "$MODEL" "${args[@]}" \
+    --port $DECODE_PORT --kv-transfer-config "$decode_config"
 start proxy kvsdk proxy --port $PROXY_PORT \
     --prefill http://127.0.0.1:$PREFILL_PORT --decode http://127.0.0.1:$DECODE_PORT
 wait_for prefill $PREFILL_PORT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run the contract tests against the Python sources of other vLLM releases: compat.sh VENV VERSION...
 #
-# The scheduler, the block manager and the connector base class are Python, so a release's source distribution is enough;
-# everything it imports comes from VENV, which holds vLLM 0.32.0 and what that needs.
+# The scheduler, the block manager and the connector base class are Python, so a release's source distribution is
+# enough; everything it imports comes from VENV, which holds vLLM 0.32.0 and what that needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -16,16 +16,16 @@ fetch() { # VERSION: leaves the unpacked sources in .cache/vllm-VERSION
     echo "fetching the sources of vLLM $1 ..."
     rm -rf "$partial"
     mkdir -p "$partial"
-    # pip asks a source distribution for its metadata before it hands it over, and that takes vLLM's build tools. They stay
-    # out of VENV. The target `empty` means that there is nothing to compile.
+    # pip asks a source distribution for its metadata before it hands it over, and that takes vLLM's build tools. They
+    # stay out of VENV. The target `empty` means that there is nothing to compile.
     "$python" -m pip --disable-pip-version-check install --quiet --progress-bar off --upgrade --no-deps \
         --target "$cache/build-tools" -r requirements/compat.txt
     PYTHONPATH=$cache/build-tools VLLM_VERSION_OVERRIDE=$1 VLLM_TARGET_DEVICE=empty \
         "$python" -m pip --disable-pip-version-check download --quiet --progress-bar off --no-deps --no-build-isolation \
         --no-binary=:all: --dest "$partial" "vllm==$1"
     tar -xzf "$partial/vllm-$1.tar.gz" -C "$partial"
-    # vLLM looks for "cpu" in the version of the distribution `vllm` to choose its platform. The one installed in VENV says
-    # so; these sources' own metadata would come first and does not.
+    # vLLM looks for "cpu" in the version of the distribution `vllm` to choose its platform. The one installed in VENV
+    # says so; these sources' own metadata would come first and does not.
     rm -rf "$partial/vllm-$1/vllm.egg-info"
     mv "$partial/vllm-$1" "$tree"
     rm -rf "$partial"
@@ -35,7 +35,8 @@ failed=()
 for version in "$@"; do
     fetch "$version"
     echo "== contract tests against the sources of vLLM $version"
-    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m compat tests/contract || failed+=("$version")
+    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m compat tests/contract ||
+        failed+=("$version")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "the contract tests fail against vLLM ${failed[*]}" >&2

@@ -7,7 +7,7 @@ venv=$1 python=$2
 
 if [ ! -x "$venv/bin/python" ]; then
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || {
-        echo "$python is $("$python" --version 2>&1); Python 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11" >&2
+        echo "$python is $("$python" --version 2>&1), not Python 3.11 or 3.12; use make PYTHON=/path/to/python3.11" >&2
         exit 1
     }
     "$python" -m venv "$venv" || {
