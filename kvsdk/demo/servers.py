@@ -262,8 +262,9 @@ def vllm_server(
         env: further variables, which win; a value of None removes one.
     """
     port = free_port() if port is None else port
+    # By module, not by the script `vllm`: an environment put together from archives has none.
     command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model)),
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", HOST, "--port", str(port), "--served-model-name", "tiny"),
         *("--max-model-len", str(max_model_len), "--enforce-eager"),
     ]

@@ -14,14 +14,15 @@ from kvsdk.connectors.pynccl import PyNcclConnector, PyNcclWorker
 
 
 class _FlippingPipe:
-    """Flips one bit of every message received."""
+    """Flips bits of one byte in every message received."""
 
     def __init__(self, pipe):
         self._pipe = pipe
 
     def recv(self, tensor, deadline):
         self._pipe.recv(tensor, deadline)
-        tensor[tensor.numel() // 3] ^= 64
+        # The high byte of a float, sign excepted: of about 1 it makes about 100, which no attention overlooks.
+        tensor[tensor.numel() // 3 | 3] ^= 0x7E
 
     def __getattr__(self, name):
         return getattr(self._pipe, name)
@@ -33,7 +34,7 @@ class FlippingWorker(PyNcclWorker):
 
 
 class FlippingConnector(PyNcclConnector):
-    """Every message that arrives has one bit flipped, in one block of one layer."""
+    """Every message that arrives has one byte changed, in one block of one layer."""
 
     worker_half = FlippingWorker
 
