@@ -32,7 +32,7 @@ compat: $(STAMP)  ## the contract tests against the Python sources of the oldest
 	scripts/compat.sh $(VENV) $(COMPAT_VERSIONS)
 
 gpu:  ## the tests that need CUDA devices, in the Python that is active (with vLLM and this package installed)
-	python -m pytest -m gpu $(ARGS)
+	python -m pytest -m gpu -p no:randomly $(ARGS)
 
 lint: $(STAMP)  ## ruff: lint and format
 	$(BIN)/ruff check .
