@@ -5,9 +5,9 @@
 #   examples/disaggregated_prefill.sh
 #   MODEL=meta-llama/Llama-3.1-8B-Instruct examples/disaggregated_prefill.sh
 #
-# Where there are GPUs, the servers take the devices 0 and 1; otherwise they run on the CPU. Without MODEL, a small model
-# with random weights is made: its answers mean nothing, but depend on all of the prompt. Needs vLLM, kvsdk[demo] and curl
-# on PATH, as after `make venv` and `. .venv/bin/activate`. It ends only processes that it started.
+# Where there are two GPUs, the servers take them; otherwise they run on the CPU. Without MODEL, a small model with
+# random weights is made: its answers mean nothing, but depend on all of the prompt. Needs vLLM, kvsdk[demo] and curl on
+# PATH, as after `make venv` and `. .venv/bin/activate`. It ends only processes that it started.
 set -euo pipefail
 
 PREFILL_PORT=8100 DECODE_PORT=8200 PROXY_PORT=8000
@@ -102,4 +102,5 @@ for prompt in "San Francisco is a" "Santa Clara is a"; do
 done
 
 echo "== tokens that the decode server took over from the prefill server"
-curl --silent --fail --max-time 10 "http://127.0.0.1:$DECODE_PORT/metrics" | grep '^vllm:external_prefix_cache_hits_total'
+curl --silent --fail --max-time 10 "http://127.0.0.1:$DECODE_PORT/metrics" |
+    grep '^vllm:external_prefix_cache_hits_total'

@@ -16,13 +16,13 @@ fetch() { # VERSION: leaves the unpacked sources in .cache/vllm-VERSION
     echo "fetching the sources of vLLM $1 ..."
     rm -rf "$partial"
     mkdir -p "$partial"
-    # pip asks a source distribution for its metadata before it hands it over, and that takes vLLM's build tools. They
-    # stay out of VENV. The target `empty` means that there is nothing to compile.
+    # pip asks a source distribution for its metadata before it hands it over, and that takes vLLM's build tools.
+    # They stay out of VENV. The target `empty` means that there is nothing to compile.
     "$python" -m pip --disable-pip-version-check install --quiet --progress-bar off --upgrade --no-deps \
         --target "$cache/build-tools" -r requirements/compat.txt
     PYTHONPATH=$cache/build-tools VLLM_VERSION_OVERRIDE=$1 VLLM_TARGET_DEVICE=empty \
-        "$python" -m pip --disable-pip-version-check download --quiet --progress-bar off --no-deps --no-build-isolation \
-        --no-binary=:all: --dest "$partial" "vllm==$1"
+        "$python" -m pip --disable-pip-version-check download --quiet --progress-bar off --no-deps \
+        --no-build-isolation --no-binary=:all: --dest "$partial" "vllm==$1"
     tar -xzf "$partial/vllm-$1.tar.gz" -C "$partial"
     # vLLM looks for "cpu" in the version of the distribution `vllm` to choose its platform. The one installed in VENV
     # says so; these sources' own metadata would come first and does not.

