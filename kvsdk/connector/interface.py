@@ -1,11 +1,12 @@
 """What a connector author subclasses.
 
-A connector has two halves because vLLM runs them in different processes: the scheduler half decides what is loaded and kept, the
-worker half (one for each tensor-parallel rank) moves bytes. The lifecycle of requests and blocks around both is
-`kvsdk.connector.lifecycle`; an author never sees vLLM's scheduler output, forward context or step metadata.
+A connector has two halves because vLLM runs them in different processes: the scheduler half decides what is loaded and
+kept, the worker half (one for each tensor-parallel rank) moves bytes. The lifecycle of requests and blocks around both
+is `kvsdk.connector.lifecycle`; an author never sees vLLM's scheduler output, forward context or step metadata.
 
-Threads: vLLM calls every method here from one thread of the process, which in the worker is the thread that runs the model. None
-may wait for a peer, a disk or a network. Work that does goes to a thread of the author's own, which ends the task it was given.
+Threads: vLLM calls every method here from one thread of the process, which in the worker is the thread that runs the
+model. None may wait for a peer, a disk or a network. Work that does goes to a thread of the author's own, which ends
+the task it was given.
 """
 
 from __future__ import annotations
@@ -141,8 +142,8 @@ class Hit:
     """How much of a prompt can be loaded.
 
     Attributes:
-        num_tokens: tokens from the start of the prompt, local ones included: a multiple of the block size, or the whole prompt.
-        source: picklable, handed to the worker half with the load.
+        num_tokens: tokens from the start of the prompt, local ones included: a multiple of the block size, or the whole
+        prompt. source: picklable, handed to the worker half with the load.
     """
 
     num_tokens: int
@@ -170,7 +171,7 @@ class Holds(ABC):
         """End a hold. Unknown or ended ids are ignored: a hold ends once."""
 
 
-class _Half(ABC):
+class _Half:
     def __init__(self, context: Context):
         self.context = context
 
@@ -178,7 +179,7 @@ class _Half(ABC):
         """Stop threads and close sockets, within `options.close_timeout` seconds; called once or more."""
 
 
-class SchedulerHalf(_Half):
+class SchedulerHalf(_Half, ABC):
     """Common to both directions, in vLLM's scheduler process."""
 
     def start(self, workers: list[dict[str, Any]]) -> None:
@@ -189,7 +190,7 @@ class SchedulerHalf(_Half):
         """
 
     def reset(self) -> bool:
-        """vLLM's `reset_prefix_cache(reset_connector=True)`: forget what can be found. False when that is impossible."""
+        """vLLM's `reset_prefix_cache(reset_connector=True)`: forget what can be found. False if it cannot."""
         return True
 
     def tick(self) -> None:
@@ -200,14 +201,17 @@ class ConsumerScheduler(SchedulerHalf):
     """Decides what is loaded."""
 
     @abstractmethod
-    def find(self, request: RequestView, num_local_tokens: int) -> Hit | None | AskAgain:
+    def find(self, request: RequestView, num_local_tokens: int) -> Hit | AskAgain | None:
         """How much of the prompt can be loaded, given that vLLM has the first `num_local_tokens` itself.
 
-        Called once a step while the request waits: answer at once, the same each time unless the KV is gone (then `None`).
+        Called once a step while the request waits: answer at once, the same each time unless the KV is gone (then
+        `None`).
         """
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Any:
-        """vLLM allocated blocks for tokens up to `num_tokens` (at most the hit's); returns the `source` for the workers."""
+        """vLLM allocated blocks for tokens up to `num_tokens` (at most the hit's); returns the `source` for the
+        workers.
+        """
         return hit.source
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
@@ -224,7 +228,7 @@ class ProducerScheduler(SchedulerHalf):
     """Set by the lifecycle before `start`."""
 
     def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
-        """A prompt was computed and the request ended well; `blocks` hold the prompt. Keep them for a consumer, or not."""
+        """A prompt was computed and the request ended well; `blocks` hold the prompt: keep them, or not."""
         return None
 
     def give_up(self, num_blocks: int) -> None:
@@ -235,7 +239,7 @@ class ProducerScheduler(SchedulerHalf):
         return None
 
 
-class WorkerHalf(_Half):
+class WorkerHalf(_Half, ABC):
     """Common to both directions, in each worker process."""
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
@@ -246,7 +250,7 @@ class WorkerHalf(_Half):
         return {}
 
     def take_counters(self) -> dict[str, float]:
-        """What was counted since the last call, by name; shown in vLLM's log and at `/metrics` as `kvsdk_<name>_total`."""
+        """What was counted since the last call, by name; in vLLM's log and, as `kvsdk_<name>_total`, its metrics."""
         return {}
 
 

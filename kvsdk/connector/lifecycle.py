@@ -1,7 +1,9 @@
-"""The lifecycle of requests and blocks around a connector's two halves, written once for every connector and vLLM release.
+"""The lifecycle of requests and blocks around a connector's two halves, written once for every connector and vLLM
+release.
 
-`SchedulerLifecycle` runs in vLLM's scheduler process, `WorkerLifecycle` in each worker; each step, `Orders` travel from the one to
-the others, and finished loads and saves travel back. Nothing here imports vLLM: `kvsdk.vllm.binding` translates.
+`SchedulerLifecycle` runs in vLLM's scheduler process, `WorkerLifecycle` in each worker; each step, `Orders` travel from
+the one to the others, and finished loads and saves travel back. Nothing here imports vLLM: `kvsdk.vllm.binding`
+translates.
 
 All methods are called from the thread that vLLM calls a connector from, except where they say otherwise.
 """
@@ -20,7 +22,6 @@ import numpy as np
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import (
-    ASK_AGAIN,
     AskAgain,
     BlockIds,
     ConsumerScheduler,
@@ -179,7 +180,16 @@ class SchedulerLifecycle:
         load_timeout: seconds for a load or a save, from its arrival at the worker.
     """
 
-    def __init__(self, half: SchedulerHalf, context: Context, *, consumer: bool, producer: bool, find_timeout: float, load_timeout: float):
+    def __init__(
+        self,
+        half: SchedulerHalf,
+        context: Context,
+        *,
+        consumer: bool,
+        producer: bool,
+        find_timeout: float,
+        load_timeout: float,
+    ):
         self._half, self._context = half, context
         self._consumer = half if consumer and isinstance(half, ConsumerScheduler) else None
         self._producer = half if producer and isinstance(half, ProducerScheduler) else None
@@ -208,7 +218,9 @@ class SchedulerLifecycle:
     # ---- a request's way
 
     def add(self, view: RequestView, *, num_tokens: Callable[[], int], loadable: bool) -> None:
-        """A request arrived. `loadable` is false for requests that must compute their prompt (prompt logprobs and the like)."""
+        """A request arrived. `loadable` is false for requests that must compute their prompt (prompt logprobs and the
+        like).
+        """
         tracked = _Tracked(view, num_tokens, loadable and self._consumer is not None)
         if self._producer is not None:
             tracked.save_from = self._ask(self._producer.save_from, view)
@@ -217,7 +229,9 @@ class SchedulerLifecycle:
         self._requests[view.id] = tracked
 
     def matched(self, request_id: str, num_local: int, *, resumed: bool) -> tuple[int | None, bool]:
-        """vLLM's `get_num_new_matched_tokens`: how many tokens past the local ones can be loaded, and whether that is asynchronous."""
+        """vLLM's `get_num_new_matched_tokens`: how many tokens past the local ones can be loaded, and whether that is
+        asynchronous.
+        """
         tracked = self._requests.get(request_id)
         if tracked is None:
             return 0, False
@@ -247,15 +261,22 @@ class SchedulerLifecycle:
         if isinstance(hit, AskAgain):
             if now < tracked.find_deadline:
                 return None
-            logger.warning("request %s: no answer within %.3g s; its prompt is computed here", view.id, self._find_timeout)
+            logger.warning(
+                "request %s: no answer within %.3g s; its prompt is computed here", view.id, self._find_timeout
+            )
             return self._decline(tracked)
         if hit is None or hit.num_tokens <= num_local:
             return self._decline(tracked)
-        if hit.num_tokens > view.num_prompt_tokens or (hit.num_tokens % block_size and hit.num_tokens != view.num_prompt_tokens):
+        if hit.num_tokens > view.num_prompt_tokens or (
+            hit.num_tokens % block_size and hit.num_tokens != view.num_prompt_tokens
+        ):
             logger.error(
-                "%s.find answered %d tokens for a prompt of %d with blocks of %d: neither whole blocks nor the whole prompt; ignored",
-                type(self._consumer).__name__, hit.num_tokens, view.num_prompt_tokens, block_size,
-            )  # fmt: skip
+                "%s.find answered %d tokens for a prompt of %d: neither whole blocks of %d nor the whole prompt; ignored",
+                type(self._consumer).__name__,
+                hit.num_tokens,
+                view.num_prompt_tokens,
+                block_size,
+            )
             return self._decline(tracked)
         tracked.stage, tracked.hit, tracked.num_local = _Stage.FOUND, hit, num_local
         return hit.num_tokens - num_local
@@ -269,7 +290,9 @@ class SchedulerLifecycle:
         return 0
 
     def allocated(self, request_id: str, blocks: Sequence[Sequence[int]], num_external: int) -> None:
-        """vLLM's `update_state_after_alloc`, with all blocks of the request, local hits first. vLLM may have shrunk `num_external`."""
+        """vLLM's `update_state_after_alloc`, with all blocks of the request, local hits first. vLLM may have shrunk
+        `num_external`.
+        """
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
@@ -305,16 +328,18 @@ class SchedulerLifecycle:
         self._orders.loads.append(tracked.load)
 
     def finished(self, request_id: str, blocks: Sequence[Sequence[int]], *, well: bool) -> dict[str, Any] | None:
-        """vLLM's `request_finished`. `well` is false for aborts and errors. Returns the response's `kv_transfer_params`.
+        """vLLM's `request_finished`. `well` is false for aborts and errors. Returns the response's
+        `kv_transfer_params`.
 
-        Blocks that the connector keeps are referenced in the pool here, so that vLLM frees its own reference at once: the answer to
-        *delay the free* is always no.
+        Blocks that the connector keeps are referenced in the pool here, so that vLLM frees its own reference at once:
+        the answer to *delay the free* is always no.
         """
         tracked = self._requests.pop(request_id, None)
         if tracked is None:
             return None
         if tracked.stage is _Stage.LOADING:
-            # vLLM keeps these blocks until every worker has reported the load; the workers stop as soon as they hear of it.
+            # vLLM keeps these blocks until every worker has reported the load; the workers stop as soon as they hear of
+            # it.
             assert tracked.load is not None
             tracked.aborted = True
             self._orders.cancelled.append(tracked.load.load_id)
@@ -324,7 +349,8 @@ class SchedulerLifecycle:
         if not well or self._producer is None or self._ledger is None or view.num_prompt_tokens < 2:
             return None
         num_blocks = view.num_prompt_blocks
-        # A request preempted in its last step ends with fewer blocks than its prompt has: there is nothing to hand over.
+        # A request preempted in its last step ends with fewer blocks than its prompt has: there is nothing to hand
+        # over.
         if any(len(ids) < num_blocks for ids in blocks):
             return None
         kept = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in blocks)
@@ -367,7 +393,9 @@ class SchedulerLifecycle:
         view, block_size = tracked.view, self._context.cache.block_size
         if entry.num_computed < tracked.num_computed:
             # Recomputed after a failed load or a preemption: what was saved past this point may not have been.
-            tracked.saved_blocks = min(tracked.saved_blocks, max(entry.num_computed // block_size, (tracked.save_from or 0) // block_size))
+            tracked.saved_blocks = min(
+                tracked.saved_blocks, max(entry.num_computed // block_size, (tracked.save_from or 0) // block_size)
+            )
         end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
         last = -(-end // block_size) if end == view.num_prompt_tokens else end // block_size
         first = tracked.saved_blocks
@@ -377,9 +405,14 @@ class SchedulerLifecycle:
         keys = view.keys
         names = keys.blocks + keys.tail
         order = SaveOrder(
-            save_id=next(self._ids), request_id=view.id, blocks=blocks, first_block=first, num_tokens=end,
-            keys=names[first * KEY_BYTES : last * KEY_BYTES], timeout=self._load_timeout,
-        )  # fmt: skip
+            save_id=next(self._ids),
+            request_id=view.id,
+            blocks=blocks,
+            first_block=first,
+            num_tokens=end,
+            keys=names[first * KEY_BYTES : last * KEY_BYTES],
+            timeout=self._load_timeout,
+        )
         self._ledger.hold(f"save {order.save_id}", np.concatenate(blocks))
         self._saves[order.save_id] = self._context.world_size
         self._orders.saves.append(order)
@@ -451,10 +484,7 @@ class SchedulerLifecycle:
     @property
     def pending(self) -> bool:
         """Whether vLLM must keep stepping although it runs nothing: blocks are held, or workers have not been told."""
-        return (
-            self._has_holds
-            or bool(self._orders.let_go or self._orders.kept or self._orders.cancelled)
-        )
+        return self._has_holds or bool(self._orders.let_go or self._orders.kept or self._orders.cancelled)
 
     @property
     def num_held_blocks(self) -> int:
@@ -547,7 +577,9 @@ class WorkerLifecycle:
                 invalid.update(bad.tolist())
                 if not isinstance(task.error, Cancelled):
                     total = sum(map(len, task.blocks))
-                    logger.warning("request %s: %d of %d blocks did not load: %s", task.request_id, len(bad), total, task.error)
+                    logger.warning(
+                        "request %s: %d of %d blocks did not load: %s", task.request_id, len(bad), total, task.error
+                    )
         for task in self._saves.values():
             if not task.ended and now >= task.deadline:
                 task.expire(DeadlineExceeded(f"the save took longer than {task.order.timeout:.3g} s"))
@@ -560,7 +592,9 @@ class WorkerLifecycle:
             task = self._saves.pop(save_id)
             self.counters.add(f"saves_{task.state.value}")
             if task.state is not TaskState.DONE:
-                logger.warning("request %s: %d blocks were not saved: %s", task.request_id, sum(map(len, task.blocks)), task.error)
+                logger.warning(
+                    "request %s: %d blocks were not saved: %s", task.request_id, sum(map(len, task.blocks)), task.error
+                )
         return ended
 
     @property

@@ -128,7 +128,9 @@ class _Task:
             raise TaskEnded(f"{type(self).__name__} of request {self.request_id} is {self._state.value}")
 
     def expire(self, error: BaseException | None = None) -> bool:
-        """End the task from outside: its deadline passed, or nobody wants it any more. False when it had ended, or is in use now."""
+        """End the task from outside: its deadline passed, or nobody wants it any more. False when it had ended, or is
+        in use now.
+        """
         if not self._lock.acquire(blocking=False):
             return False
         try:

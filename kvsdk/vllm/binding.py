@@ -1,7 +1,7 @@
 """Binds a `kvsdk.connector.Connector` to vLLM, 0.26.0 to 0.33.0.
 
-Everything that differs between vLLM's releases is here, found by asking what is there, never by comparing versions. What vLLM calls,
-when, and in which release is written down in `docs/vllm.md`.
+Everything that differs between vLLM's releases is here, found by asking what is there, never by comparing versions.
+What vLLM calls, when, and in which release is written down in `docs/vllm.md`.
 """
 
 from __future__ import annotations
@@ -100,18 +100,29 @@ class _Pool:
 def _model_identity(vllm_config: VllmConfig, options: Options) -> dict[str, Any]:
     """What two servers must agree on for their KV to mean the same, beyond the layout of its bytes.
 
-    The fields are those that shape attention's keys and values. Not a hash of the whole file: releases of transformers write
-    different defaults for the same model. A connector cannot see weights; `model_id` stands for them.
+    The fields are those that shape attention's keys and values. Not a hash of the whole file: releases of transformers
+    write different defaults for the same model. A connector cannot see weights; `model_id` stands for them.
     """
     model, hf = vllm_config.model_config, vllm_config.model_config.hf_text_config
     shape = {
         name: getattr(hf, name, None)
         for name in (
-            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "vocab_size", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "sliding_window",
+            "model_type",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "sliding_window",
             "rms_norm_eps",
         )
-    }  # fmt: skip
+    }
     rope = getattr(hf, "rope_parameters", None) or {}
     shape["rope"] = json.dumps({"theta": getattr(hf, "rope_theta", None), **rope}, sort_keys=True, default=str)
     quantization = getattr(model, "quantization", None)
@@ -130,7 +141,9 @@ def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig,
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError("pipeline_parallel_size > 1 is not supported with this connector; use tensor parallelism")
     if parallel.data_parallel_size > 1:
-        raise ConfigError("data_parallel_size > 1 is not supported with this connector; start one server for each replica")
+        raise ConfigError(
+            "data_parallel_size > 1 is not supported with this connector; start one server for each replica"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 is not supported with this connector")
@@ -140,10 +153,13 @@ def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig,
         for one in specs.values() if isinstance(specs, dict) else (spec,):
             if any("Mamba" in base.__name__ for base in type(one).__mro__):
                 raise ConfigError(
-                    f"state-space models are not supported: layer {group.layer_names[0]} keeps a {type(one).__name__} state, not KV blocks"
+                    f"state-space models are not supported: layer {group.layer_names[0]} keeps a state "
+                    f"({type(one).__name__}), not KV blocks"
                 )
     if len(kv_cache_config.kv_cache_groups) > 1:
-        raise ConfigError("models with several KV cache groups are not supported with the hybrid KV cache manager on; leave it off")
+        raise ConfigError(
+            "models with several KV cache groups are not supported with the hybrid KV cache manager on; leave it off"
+        )
 
 
 def _geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> CacheGeometry:
@@ -171,6 +187,7 @@ class BoundConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_where_vllm_logs()
         try:
             self._set_up(vllm_config, role, kv_cache_config)
         except ConfigError as error:
@@ -179,7 +196,9 @@ class BoundConnector(KVConnectorBase_V1):
 
     def _set_up(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         config = self._kv_transfer_config
-        self.options = options = parse_options(config, extra=config.kv_connector_extra_config, also=self.connector.option_names)
+        self.options = options = parse_options(
+            config, extra=config.kv_connector_extra_config, also=self.connector.option_names
+        )
         _refuse_unsupported(vllm_config, kv_cache_config, options)
         worker = role == KVConnectorRole.WORKER
         self._context = context = Context(
@@ -214,7 +233,10 @@ class BoundConnector(KVConnectorBase_V1):
         cache = self._context.cache
         try:
             layout = layout_of(
-                kv_caches, num_blocks=cache.num_blocks, block_size=cache.block_size, backend=_attention_backend(self._vllm_config)
+                kv_caches,
+                num_blocks=cache.num_blocks,
+                block_size=cache.block_size,
+                backend=_attention_backend(self._vllm_config),
             )
             self._device_type = next(iter(kv_caches.values())).device.type
             self._half.register(kv_caches, layout)
@@ -292,7 +314,11 @@ class BoundConnector(KVConnectorBase_V1):
 
     def on_new_request(self, request: Request) -> None:
         assert self._scheduler is not None
-        if request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None or request.sampling_params is None:
+        if (
+            request.prompt_token_ids is None
+            or getattr(request, "prompt_embeds", None) is not None
+            or request.sampling_params is None
+        ):
             return  # embeddings have no tokens to find KV by; pooling requests end without KV to hand over
         prompt = np.asarray(request.prompt_token_ids, np.int32)
         block_size, root = self._context.cache.block_size, _root(request)
@@ -355,7 +381,7 @@ class BoundConnector(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A producer that hands over asks vLLM to recompute, rather than to end, a request preempted in its last step."""
+        """A producer asks vLLM to recompute, rather than to end, a request preempted in its last step."""
         return bool(self.options.produces)
 
     @classmethod
@@ -364,7 +390,11 @@ class BoundConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_prom_metrics(
-        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> KVSDKPromMetrics:
         return KVSDKPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
@@ -379,7 +409,21 @@ def bind(connector: type[Connector]) -> type[BoundConnector]:
     for half in ("scheduler_half", "worker_half"):
         if not isinstance(getattr(connector, half, None), type):
             raise TypeError(f"{connector!r} is not a kvsdk connector: it has no {half}")
-    return type(connector.__name__, (BoundConnector,), {"connector": connector, "__module__": "kvsdk.vllm.connectors", "__doc__": connector.__doc__})
+    return type(
+        connector.__name__,
+        (BoundConnector,),
+        {"connector": connector, "__module__": "kvsdk.vllm.connectors", "__doc__": connector.__doc__},
+    )
+
+
+def _log_where_vllm_logs() -> None:
+    """vLLM gives handlers to its own loggers only; unless the process has set up logging itself, kvsdk's lines go
+    there, too.
+    """
+    ours, theirs = logging.getLogger("kvsdk"), logging.getLogger("vllm")
+    if not ours.hasHandlers() and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
 
 
 def _attention_backend(vllm_config: VllmConfig) -> str:
@@ -393,10 +437,16 @@ def _attention_backend(vllm_config: VllmConfig) -> str:
 def _root(request: Request) -> bytes:
     lora = request.lora_request
     features = [
-        (str(getattr(feature, "identifier", None) or getattr(feature, "mm_hash", "")), feature.mm_position.offset, feature.mm_position.length)
+        (
+            str(getattr(feature, "identifier", None) or getattr(feature, "mm_hash", "")),
+            feature.mm_position.offset,
+            feature.mm_position.length,
+        )
         for feature in request.mm_features or ()
     ]
-    return separator(cache_salt=request.cache_salt, lora=lora.lora_name if lora is not None else None, multimodal=features)
+    return separator(
+        cache_salt=request.cache_salt, lora=lora.lora_name if lora is not None else None, multimodal=features
+    )
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[ScheduledRequest]:
@@ -405,6 +455,10 @@ def _scheduled(output: SchedulerOutput) -> Iterator[ScheduledRequest]:
     for new in output.scheduled_new_reqs:
         yield ScheduledRequest(new.req_id, new.block_ids, True, new.num_computed_tokens, counts.get(new.req_id, 0))
     cached = output.scheduled_cached_reqs
-    entries: Iterable[tuple[str, Any, int]] = zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True)
+    entries: Iterable[tuple[str, Any, int]] = zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    )
     for request_id, blocks, num_computed in entries:
-        yield ScheduledRequest(request_id, blocks, request_id in cached.resumed_req_ids, num_computed, counts.get(request_id, 0))
+        yield ScheduledRequest(
+            request_id, blocks, request_id in cached.resumed_req_ids, num_computed, counts.get(request_id, 0)
+        )

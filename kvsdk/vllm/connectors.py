@@ -1,7 +1,8 @@
 """The classes that vLLM loads, by name, made when they are asked for.
 
-`getattr(kvsdk.vllm.connectors, "PyNcclConnector")` is the vLLM class of the connector which that name has in the entry-point group
-`kvsdk.connectors`. A name of the form `module:Class` needs no entry point, so that a connector can be loaded by path:
+`getattr(kvsdk.vllm.connectors, "PyNcclConnector")` is the vLLM class of the connector which that name has in the
+entry-point group `kvsdk.connectors`. A name of the form `module:Class` needs no entry point, so that a connector can be
+loaded by path:
 
     {"kv_connector": "my_package.my_module:MyConnector", "kv_connector_module_path": "kvsdk.vllm.connectors", ...}
 """
@@ -27,7 +28,9 @@ def targets() -> dict[str, str]:
 def __getattr__(name: str) -> type:
     target = name if ":" in name else targets().get(name)
     if target is None or name.startswith("__"):
-        raise AttributeError(f"no connector {name!r}; known are {', '.join(sorted(targets()))}, or name one as module:Class")
+        raise AttributeError(
+            f"no connector {name!r}; known are {', '.join(sorted(targets()))}, or name one as module:Class"
+        )
     module, _, attribute = target.partition(":")
     from kvsdk.vllm.binding import bind
 

@@ -1,8 +1,8 @@
 """vLLM's own scheduler, block manager and connector factory around a stand-in for the model.
 
-The stand-in writes bytes into the KV cache that depend on the token, its position, the layer, the rank and every token before it, and
-checks every byte that attention would have read. So a block that was not loaded, loaded wrongly, or given away too early shows as a
-`WrongBytes`. Any number of engines run in one process, each stepped by hand.
+The stand-in writes bytes into the KV cache that depend on the token, its position, the layer, the rank and every token
+before it, and checks every byte that attention would have read. So a block that was not loaded, loaded wrongly, or
+given away too early shows as a `WrongBytes`. Any number of engines run in one process, each stepped by hand.
 
 It proves what a scheduler can show. It says nothing about a GPU's streams, about NCCL, or about speed.
 """
@@ -22,7 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -80,10 +88,18 @@ def _model_folder() -> str:
     folder = tempfile.TemporaryDirectory(prefix="kvsdk-harness-")
     _keep.append(folder)
     shape = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1024,
-        "max_position_embeddings": 65536, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1024,
+        "max_position_embeddings": 65536,
+        "torch_dtype": "float32",
+    }
     pathlib.Path(folder.name, "config.json").write_text(json.dumps(shape))
     return folder.name
 
@@ -93,7 +109,13 @@ _keep: list[Any] = []
 
 @functools.cache
 def _model_config(max_model_len: int) -> ModelConfig:
-    return ModelConfig(model=_model_folder(), skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len, enforce_eager=True)
+    return ModelConfig(
+        model=_model_folder(),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=max_model_len,
+        enforce_eager=True,
+    )
 
 
 def _accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +146,9 @@ class Worker:
         connector: vLLM's worker-role connector.
     """
 
-    def __init__(self, config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int, runner: int, salt_of: Callable[[str], int]):
+    def __init__(
+        self, config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int, runner: int, salt_of: Callable[[str], int]
+    ):
         self.rank, self._runner, self._salt_of = rank, runner, salt_of
         self._block_size = config.cache_config.block_size
         config.parallel_config.rank = rank
@@ -151,7 +175,9 @@ class Worker:
         sampled = self._forward(output)
         if after_forward:
             connector.start_load_kv(None)
-        if output.total_num_scheduled_tokens or hasattr(connector, "get_mem_pool_context"):  # 0.31 on: in empty steps, too
+        if output.total_num_scheduled_tokens or hasattr(
+            connector, "get_mem_pool_context"
+        ):  # 0.31 on: in empty steps, too
             connector.wait_for_save()
         if hasattr(connector, "get_transfer_results"):
             results = connector.get_transfer_results(output.finished_req_ids)
@@ -177,9 +203,13 @@ class Worker:
             self._requests.pop(request_id, None)
         for new in output.scheduled_new_reqs:
             tokens = list(new.prefill_token_ids if self._runner == 2 else new.prompt_token_ids)
-            self._requests[new.req_id] = _Running(tokens, [], [list(ids) for ids in new.block_ids], len(new.prompt_token_ids))
+            self._requests[new.req_id] = _Running(
+                tokens, [], [list(ids) for ids in new.block_ids], len(new.prompt_token_ids)
+            )
         cached = output.scheduled_cached_reqs
-        for request_id, blocks, num_output in zip(cached.req_ids, cached.new_block_ids, cached.num_output_tokens, strict=True):
+        for request_id, blocks, num_output in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_output_tokens, strict=True
+        ):
             running = self._requests[request_id]
             running.cut(running.num_prompt + num_output)
             if request_id in cached.resumed_req_ids:
@@ -199,7 +229,7 @@ class Worker:
             sampled[request_id] = []
             if end >= len(running.tokens):
                 token = next_token(running.states[end - 1])
-                running.tokens = running.tokens[:end] + [token]
+                running.tokens = [*running.tokens[:end], token]
                 sampled[request_id] = [token]
         return sampled
 
@@ -259,9 +289,13 @@ class Engine:
         prefix_caching: bool = True,
     ):
         scheduler_values = dict(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len,
-            is_encoder_decoder=False, enable_chunked_prefill=True, async_scheduling=async_scheduling,
-        )  # fmt: skip
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            async_scheduling=async_scheduling,
+        )
         self.config = VllmConfig(
             model_config=_model_config(max_model_len),
             cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
@@ -274,21 +308,31 @@ class Engine:
         self.block_size, self.num_blocks = block_size, num_blocks
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=HEADS, head_size=CONTENT // 2, dtype=torch.float32)
         names = [f"model.layers.{i}.self_attn.attn" for i in range(layers)]
-        self.kv_cache_config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
+        self.kv_cache_config = KVCacheConfig(
+            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
+        )
         self._salts: dict[str, int] = {}
         salt_of = lambda request_id: self._salts.get(request_id, 0)  # noqa: E731
-        self.workers = [Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)]
+        self.workers = [
+            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
+        ]
         self.config.parallel_config.rank = 0
         values = dict(
-            vllm_config=self.config, kv_cache_config=self.kv_cache_config, structured_output_manager=StructuredOutputManager(self.config),
-            block_size=block_size, hash_block_size=block_size, log_stats=True,
-        )  # fmt: skip
+            vllm_config=self.config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=block_size,
+            hash_block_size=block_size,
+            log_stats=True,
+        )
         kind = AsyncScheduler if async_scheduling else Scheduler
         self.scheduler = kind(**_accepted(Scheduler.__init__, values))
         self.scheduler.use_v2_model_runner = model_runner == 2
         self.connector = self.scheduler.connector
         handshakes = {(0, worker.rank): worker.connector.get_handshake_metadata() for worker in self.workers}
-        self.connector.set_xfer_handshake_metadata_pp_aware({key: value for key, value in handshakes.items() if value is not None})
+        self.connector.set_xfer_handshake_metadata_pp_aware(
+            {key: value for key, value in handshakes.items() if value is not None}
+        )
         self._aggregator = KVOutputAggregator.from_connector(self.connector, world_size)
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
@@ -306,16 +350,29 @@ class Engine:
     # ---- requests
 
     def add(
-        self, request_id: str, prompt: Sequence[int], *, max_tokens: int = 1, params: Mapping[str, Any] | None = None,
-        salt: str | None = None, ignore_eos: bool = True, **more: Any,
-    ) -> Request:  # fmt: skip
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = 1,
+        params: Mapping[str, Any] | None = None,
+        salt: str | None = None,
+        ignore_eos: bool = True,
+        **more: Any,
+    ) -> Request:
         """Add a request; its answer collects in `outputs[request_id]`."""
         extra = {"kv_transfer_params": dict(params)} if params is not None else None
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos, extra_args=extra, **more)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos, extra_args=extra, **more
+        )
         request = Request(
-            request_id=request_id, prompt_token_ids=list(prompt), sampling_params=sampling, pooling_params=None,
-            cache_salt=salt, block_hasher=self._hasher,
-        )  # fmt: skip
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=sampling,
+            pooling_params=None,
+            cache_salt=salt,
+            block_hasher=self._hasher,
+        )
         if salt is not None:
             self._salts[request_id] = sum(salt.encode())
         self.outputs[request_id] = []
@@ -402,7 +459,9 @@ class Engine:
     def check_at_rest(self) -> None:
         """Every request has ended and the pool has its size again."""
         assert not self.scheduler.requests, f"requests remain: {list(self.scheduler.requests)}"
-        assert self.num_free_blocks == self._free_at_start, f"{self._free_at_start - self.num_free_blocks} blocks are not back"
+        assert self.num_free_blocks == self._free_at_start, (
+            f"{self._free_at_start - self.num_free_blocks} blocks are not back"
+        )
 
     def close(self) -> None:
         self.connector.shutdown()

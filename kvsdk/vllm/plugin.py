@@ -24,13 +24,13 @@ def register() -> None:
         from kvsdk.vllm.connectors import targets
 
         names = sorted(targets())
-    except Exception as error:  # whatever is wrong with this installation, vLLM must still start
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with this installation, vLLM must still start
         logger.warning("kvsdk's connectors are not available: %s: %s", type(error).__name__, error)
         return
     for name in names:
         try:
             KVConnectorFactory.register_connector(name, "kvsdk.vllm.connectors", name)
-        except Exception as error:  # vLLM has a connector of this name, or changed its factory
+        except Exception as error:  # noqa: BLE001 - vLLM has a connector of this name, or changed its factory
             logger.warning(
                 "%s is not registered (%s); load it with kv_connector_module_path=kvsdk.vllm.connectors", name, error
             )

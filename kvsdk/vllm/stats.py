@@ -45,10 +45,17 @@ class KVSDKStats(KVConnectorStats):
 class KVSDKPromMetrics(KVConnectorPromMetrics):
     """`kvsdk_<name>_total` for each of `COUNTERS`, labelled as vLLM's own metrics are."""
 
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]):
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {
-            name: self._counter_cls(name=f"kvsdk_{name}", documentation=text, labelnames=labelnames) for name, text in COUNTERS.items()
+            name: self._counter_cls(name=f"kvsdk_{name}", documentation=text, labelnames=labelnames)
+            for name, text in COUNTERS.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

@@ -1,4 +1,6 @@
-"""Contract tests: vLLM's real scheduler and block manager, no compiled code. `make compat` runs them on other releases' sources."""
+"""Contract tests: vLLM's real scheduler and block manager, no compiled code. `make compat` runs them on other releases'
+sources.
+"""
 
 import pathlib
 import sys
@@ -8,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-import scripted  # noqa: E402
+import scripted
 
 
 @pytest.fixture
@@ -27,7 +29,9 @@ def engine(request):
 
     def make(connector="ScriptedConnector", role="kv_both", policy="recompute", extra=None, **kwargs):
         config = {
-            "kv_connector": f"scripted:{connector}" if ":" not in connector and connector != "PyNcclConnector" else connector,
+            "kv_connector": f"scripted:{connector}"
+            if ":" not in connector and connector != "PyNcclConnector"
+            else connector,
             "kv_connector_module_path": "kvsdk.vllm.connectors",
             "kv_role": role,
             "kv_load_failure_policy": policy,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from kvsdk.connector import (
@@ -134,7 +136,7 @@ class StoreScheduler(ProducerScheduler, ConsumerScheduler):
 
 class StoreWorker(ProducerWorker, ConsumerWorker):
     delay_saves = False
-    waiting: list = []
+    waiting: ClassVar[list] = []
 
     def register(self, kv_caches, layout):
         self.store = BlockStore(kv_caches, layout)

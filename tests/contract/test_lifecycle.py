@@ -86,7 +86,12 @@ def test_a_load_fills_exactly_the_blocks_it_was_granted(engine, script, runner, 
     one.add("a", prompt(50), max_tokens=6)
     one.run(until=lambda: script.tasks)
     (task,) = script.tasks
-    assert (task.first_block, len(task.blocks[0]), task.num_tokens, task.source) == (0, -(-tokens // BS), tokens, "here")
+    assert (task.first_block, len(task.blocks[0]), task.num_tokens, task.source) == (
+        0,
+        -(-tokens // BS),
+        tokens,
+        "here",
+    )
     assert task.blocks[0].dtype == np.int32
     assert not one.outputs["a"]
     fill(one, task, prompt(50))

@@ -24,7 +24,9 @@ def prompt(n, seed=0):
 def pair(engine):
     """A prefill and a decode engine that have found each other."""
 
-    def make(prefill=None, decode=None, extra=None, policy="recompute", connector="PyNcclConnector", wait=True, **kwargs):
+    def make(
+        prefill=None, decode=None, extra=None, policy="recompute", connector="PyNcclConnector", wait=True, **kwargs
+    ):
         port = free_port()
         extra = {"kv_port": port, **(extra or {})}
         p = engine(connector, role="kv_producer", extra=extra, policy=policy, **{**kwargs, **(prefill or {})})
@@ -71,7 +73,11 @@ def run_all(*engines, until, seconds=20.0):
 
 
 def at_rest(*engines, seconds=10.0):
-    run_all(*engines, until=lambda: not any(one.scheduler.has_requests() or one._in_flight for one in engines), seconds=seconds)
+    run_all(
+        *engines,
+        until=lambda: not any(one.scheduler.has_requests() or one._in_flight for one in engines),
+        seconds=seconds,
+    )
     for one in engines:
         one.check_at_rest()
         if buffer(one) is not None:
@@ -100,7 +106,10 @@ def test_a_one_token_prompt_is_computed_where_it_is_asked(pair):
 @pytest.mark.parametrize("runner", [1, 2], ids=["runner-1", "runner-2"])
 def test_many_at_once_in_small_pools(pair, in_flight, runner):
     p, d = pair(
-        prefill={"num_blocks": 60}, decode={"num_blocks": 24, "max_num_seqs": 4}, async_scheduling=in_flight, model_runner=runner
+        prefill={"num_blocks": 60},
+        decode={"num_blocks": 24, "max_num_seqs": 4},
+        async_scheduling=in_flight,
+        model_runner=runner,
     )
     shared = prompt(40, 99)
     prompts = {f"r{i}": (shared if i % 3 == 0 else []) + prompt(1 + 17 * i % 120, i) for i in range(20)}
@@ -196,7 +205,7 @@ def test_a_server_that_is_both(engine):
 
 
 def test_an_offer_nobody_claims_ends_with_its_lease(pair):
-    p, d = pair(extra={"lease": 0.3})
+    p, _ = pair(extra={"lease": 0.3})
     prefill(p, "a", prompt(100))
     assert buffer(p).blocks_held == 7 and p.num_free_blocks == 63 - 7
     at_rest(p, seconds=3)
@@ -329,7 +338,7 @@ def test_a_producer_that_is_replaced_is_found_again(pair, engine):
     deadline = time.monotonic() + 15
     while True:
         prefill(new, f"n{time.monotonic()}", prompt(50, 7))
-        if decode(d, f"d{time.monotonic()}", prompt(50, 7) + [1], others=[new]) == 48:
+        if decode(d, f"d{time.monotonic()}", [*prompt(50, 7), 1], others=[new]) == 48:
             break
         d.scheduler.reset_prefix_cache()
         assert time.monotonic() < deadline, client(d).peers()
@@ -360,7 +369,9 @@ def test_servers_that_differ_refuse_each_other_by_name(pair, engine, caplog, fie
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.1)
-    assert sum(field in record.getMessage() for record in caplog.records if record.name == "kvsdk.buffer") >= 1, caplog.text
+    assert sum(field in record.getMessage() for record in caplog.records if record.name == "kvsdk.buffer") >= 1, (
+        caplog.text
+    )
     prefill(p, "a", prompt(100))
     assert decode(d, "b", prompt(100)) == 0
     buffer(p).evict_all_unclaimed()

@@ -40,13 +40,17 @@ class FlippingConnector(PyNcclConnector):
 
 
 class RecordingWorker(PyNcclWorker):
-    """Writes a line `side transfer_id first_block sha256 ...` for the blocks kept, and for those loaded, read back from the cache."""
+    """Writes a line `side transfer_id first_block sha256 ...` for the blocks kept, and for those loaded, read back from
+    the cache.
+    """
 
     def _record(self, side, transfer_id, first, block_ids):
         staging = self._store.staging(len(block_ids))
         self._store.gather(np.asarray(block_ids), staging)
         per_layer = [part.cpu().numpy() for part in self._store._parts(staging, len(block_ids))]
-        hashes = [hashlib.sha256(b"".join(part[i].tobytes() for part in per_layer)).hexdigest() for i in range(len(block_ids))]
+        hashes = [
+            hashlib.sha256(b"".join(part[i].tobytes() for part in per_layer)).hexdigest() for i in range(len(block_ids))
+        ]
         with open(os.environ["KVSDK_TEST_RECORD"], "a", encoding="ascii") as file:
             file.write(" ".join([side, transfer_id, str(first), *hashes]) + "\n")
 

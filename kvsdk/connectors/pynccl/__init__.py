@@ -1,7 +1,9 @@
-"""`PyNcclConnector`: KV blocks over torch.distributed send/recv (NCCL on GPUs, gloo on CPUs), found through a lookup buffer.
+"""`PyNcclConnector`: KV blocks over torch.distributed send/recv (NCCL on GPUs, gloo on CPUs), found through a lookup
+buffer.
 
-The prefill server keeps a finished prompt's blocks; the decode server claims them by prompt prefix or by `kv_transfer_params`, and
-loads whole blocks and the partial tail in the background. Every block is checked against a digest on arrival.
+The prefill server keeps a finished prompt's blocks; the decode server claims them by prompt prefix or by
+`kv_transfer_params`, and loads whole blocks and the partial tail in the background. Every block is checked against a
+digest on arrival.
 """
 
 from kvsdk.connector.interface import Connector

@@ -54,7 +54,9 @@ class Channel:
             raise PeerGone(f"{self.address} takes no more messages") from error
 
     def poll(self, timeout: float) -> bool:
-        """Whether a message is there, after at most `timeout` seconds. Raises PeerGone once the peer is and all it sent was read."""
+        """Whether a message is there, after at most `timeout` seconds. Raises PeerGone once the peer is and all it sent
+        was read.
+        """
         self._check()
         ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
         if self._socket in ready:

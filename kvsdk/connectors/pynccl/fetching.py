@@ -142,7 +142,9 @@ class Fetcher:
             raise ProtocolError(f"{self.address} answered {kind}")
         self._channel = Channel(address=fields["control"])
         self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
-        logger.info("paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3)
+        logger.info(
+            "paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3
+        )
 
     def _fetch(self, task: LoadTask) -> None:
         assert self._channel is not None and self._pipe is not None
@@ -153,9 +155,13 @@ class Fetcher:
         if self._staging is None:
             self._staging = self._store.staging(self._chunk)
         self._channel.send(
-            "read", read_id=self._read_id, transfer_id=source.transfer_id, first=first, count=total,
+            "read",
+            read_id=self._read_id,
+            transfer_id=source.transfer_id,
+            first=first,
+            count=total,
             timeout=max(0.0, task.deadline - time.monotonic()),
-        )  # fmt: skip
+        )
         bad: list[np.ndarray] = []
         reason: Exception | None = None
         received, stopped = 0, False
@@ -172,7 +178,9 @@ class Fetcher:
             self._pipe.recv(part, task.deadline)
             if not stopped:
                 try:
-                    wrong = self._write(task, block_ids[received : received + n], part, fields["digests"], first + received)
+                    wrong = self._write(
+                        task, block_ids[received : received + n], part, fields["digests"], first + received
+                    )
                 except TaskEnded:
                     self._channel.send("stop", read_id=self._read_id)
                     stopped = True
@@ -191,7 +199,9 @@ class Fetcher:
             self._counters.add("loaded_bytes", self._store.staging_bytes(total))
             task.done()
 
-    def _write(self, task: LoadTask, block_ids: np.ndarray, part: torch.Tensor, digests: bytes, first: int) -> np.ndarray:
+    def _write(
+        self, task: LoadTask, block_ids: np.ndarray, part: torch.Tensor, digests: bytes, first: int
+    ) -> np.ndarray:
         """Check a chunk and write what is right into the KV cache; returns the indices of what is not."""
         n = len(block_ids)
         select: np.ndarray | None = None

@@ -1,4 +1,6 @@
-"""What the workers of two servers say to each other beside the blocks themselves, and how servers compare before they pair."""
+"""What the workers of two servers say to each other beside the blocks themselves, and how servers compare before they
+pair.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class Source:
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raises MismatchError with the first field that differs.
 
-    A consumer that checks nothing takes blocks with any digest or none; one that checks refuses a producer that sends none.
+    A consumer that checks nothing takes blocks with any digest or none; one that checks refuses a producer that sends
+    none.
     """
     names = [name for name in COMPARED if name != "digest" or ours["verify"]]
     check_same({name: ours[name] for name in names}, {name: theirs[name] for name in names if name in theirs})

@@ -8,7 +8,17 @@ from typing import Any
 
 import zmq.auth
 
-from kvsdk.buffer import BufferClient, BufferFull, BufferServer, ClientCurve, LookupBuffer, Pending, RemoteClaim, ServerCurve
+from kvsdk.buffer import (
+    BufferClient,
+    BufferFull,
+    BufferServer,
+    ClientCurve,
+    LookupBuffer,
+    Pending,
+    RemoteClaim,
+    ServerCurve,
+)
+from kvsdk.config import Options, Producers, format_address
 from kvsdk.connector.interface import (
     ASK_AGAIN,
     AskAgain,
@@ -20,7 +30,6 @@ from kvsdk.connector.interface import (
     ProducerScheduler,
     RequestView,
 )
-from kvsdk.config import Options, Producers, format_address
 from kvsdk.connectors.pynccl.protocol import NO_DIGEST, Source, compare
 from kvsdk.errors import ConfigError, OfferTooLarge
 from kvsdk.kernels import DIGEST_ALGORITHM
@@ -49,7 +58,10 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
                     f"set kv_buffer_size to at least {cache.block_bytes}"
                 )
             self._buffer = LookupBuffer(
-                limit_bytes=int(options.kv_buffer_size), block_bytes=cache.block_bytes, lease=options.lease, clock=context.clock
+                limit_bytes=int(options.kv_buffer_size),
+                block_bytes=cache.block_bytes,
+                lease=options.lease,
+                clock=context.clock,
             )
 
     def start(self, workers: list[dict[str, Any]]) -> None:
@@ -75,21 +87,35 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
 
         if self._buffer is not None:
             self._server = BufferServer(
-                self._buffer, bind=options.kv_ip, port=options.kv_port, identity=identity, check=check_consumer,
-                engine_id=context.engine_id, curve=server_curve(options),
-            ).start()  # fmt: skip
-            logger.info("offers prompts' KV at %s:%d, keeps up to %d bytes", options.kv_ip, self._server.port, int(options.kv_buffer_size))
+                self._buffer,
+                bind=options.kv_ip,
+                port=options.kv_port,
+                identity=identity,
+                check=check_consumer,
+                engine_id=context.engine_id,
+                curve=server_curve(options),
+            ).start()
+            logger.info(
+                "offers prompts' KV at %s:%d, keeps up to %d bytes",
+                options.kv_ip,
+                self._server.port,
+                int(options.kv_buffer_size),
+            )
         if options.consumes:
             self._producers = Producers(options)
             producers = self._asked_producers = self._producers.current()
             self._client = BufferClient(
-                identity=identity, producers=producers, check=check_producer, lookup_timeout=options.lookup_timeout, curve=client_curve(options)
+                identity=identity,
+                producers=producers,
+                check=check_producer,
+                lookup_timeout=options.lookup_timeout,
+                curve=client_curve(options),
             )
             logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")
 
     # ---- consumer
 
-    def find(self, request: RequestView, num_local_tokens: int) -> Hit | None | AskAgain:
+    def find(self, request: RequestView, num_local_tokens: int) -> Hit | AskAgain | None:
         if self._client is None:
             return None
         claim = self._claims.get(request.id)
@@ -130,13 +156,18 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             if self._may_ask(address):
                 self._client.find_by_id(request.id, address, params.transfer_id, request.keys, num_local_tokens)
                 return True
-            logger.warning("request %s: %s is not among this server's producers; looking the prompt up instead", request.id, address)
+            logger.warning(
+                "request %s: %s is not among this server's producers; looking the prompt up instead",
+                request.id,
+                address,
+            )
         self._client.find(request.id, request.keys, num_local_tokens)
         return True
 
     def _may_ask(self, address: str) -> bool:
-        """A client's parameters may name any producer where none is configured, and else only those configured: an address that
-        any HTTP client chooses could serve wrong KV, which the prefix cache would then give to everybody."""
+        """A client's parameters may name any producer where none is configured, and else only those configured: an
+        address that any HTTP client chooses could serve wrong KV, which the prefix cache would then give to
+        everybody."""
         options = self.context.options
         return address in self._asked_producers or not (options.producers or options.producers_file)
 
@@ -167,15 +198,21 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             return None
         params = classify(request.kv_transfer_params)
         try:
-            offer = self._buffer.insert(request.keys, blocks[0], params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None)
+            offer = self._buffer.insert(
+                request.keys, blocks[0], params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None
+            )
         except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.warning("request %s is not offered: %s", request.id, error)
             return None
         options = self.context.options
         answer = offer_params(
-            offer.transfer_id, options.kv_ip, self._server.port, self.context.engine_id,
-            num_tokens=request.num_prompt_tokens, tp_size=self.context.world_size,
-        )  # fmt: skip
+            offer.transfer_id,
+            options.kv_ip,
+            self._server.port,
+            self.context.engine_id,
+            num_tokens=request.num_prompt_tokens,
+            tp_size=self.context.world_size,
+        )
         return Keep(offer.transfer_id, answer)
 
     def give_up(self, num_blocks: int) -> None:

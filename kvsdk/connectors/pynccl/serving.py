@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import zmq
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Channel, zmq_context
 from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
-from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import Pipe, PipeHost
 
@@ -90,10 +91,22 @@ class WorkerServer:
         bind_ip: where to listen; the port is ephemeral.
         staging_bytes: size of one pair's staging buffer.
         counters: where `sent_bytes` is counted.
+
+    Raises:
+        ConfigError: `bind_ip` is not an address of this host.
     """
 
     def __init__(
-        self, store: BlockStore, offers: Offers, *, kind: str, make_host: Callable[[], PipeHost], bind_ip: str, staging_bytes: int, verify: bool, counters: Counters
+        self,
+        store: BlockStore,
+        offers: Offers,
+        *,
+        kind: str,
+        make_host: Callable[[], PipeHost],
+        bind_ip: str,
+        staging_bytes: int,
+        verify: bool,
+        counters: Counters,
     ):
         self._store, self._offers, self._kind, self._make_host = store, offers, kind, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
@@ -101,7 +114,16 @@ class WorkerServer:
         self._listener = zmq_context().socket(zmq.ROUTER)
         self._listener.setsockopt(zmq.LINGER, 0)
         self._listener.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
-        self.address = f"{bind_ip}:{self._listener.bind_to_random_port(f'tcp://{bind_ip}')}"
+        try:
+            port = self._listener.bind_to_random_port(f"tcp://{bind_ip}")
+        except zmq.ZMQError as error:
+            # Left open, the socket would warn from its finalizer; vLLM's SIGTERM can be lost in there, and the server
+            # hangs.
+            self._listener.close()
+            raise ConfigError(
+                f"cannot listen on kv_ip={bind_ip} ({os.strerror(error.errno)}); set kv_ip to an address of this host"
+            ) from error
+        self.address = f"{bind_ip}:{port}"
         self._stop = threading.Event()
         self._pairs: set[threading.Thread] = set()
         self._pipes: set[Pipe] = set()
@@ -142,7 +164,9 @@ class WorkerServer:
         invite = host.prepare()
         channel = Channel(bind_ip=self._bind_ip)
         timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
-        thread = threading.Thread(target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True
+        )
         with self._lock:
             self._pairs.add(thread)
         thread.start()
@@ -198,7 +222,11 @@ class WorkerServer:
             channel.send("failed", read_id=read_id, reason=str(error))
             return
         if not 0 <= first < first + count <= len(offer.block_ids):
-            channel.send("failed", read_id=read_id, reason=f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
+            channel.send(
+                "failed",
+                read_id=read_id,
+                reason=f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}",
+            )
             return
         for start in range(first, first + count, self._chunk):
             n = min(self._chunk, first + count - start)
@@ -209,7 +237,8 @@ class WorkerServer:
                 digests = self._store.digest(part, n, np.arange(start, start + n)).astype("<u8").tobytes()
             elif part.is_cuda:
                 torch.cuda.current_stream().synchronize()
-            # What was gathered counts only if the offer stood until now: its blocks are written again only after `Offers.end`.
+            # What was gathered counts only if the offer stood until now: its blocks are written again only after
+            # `Offers.end`.
             if not self._offers.still(offer):
                 channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
                 return
