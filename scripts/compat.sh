@@ -38,7 +38,9 @@ for version in "$@"; do
     PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m compat tests/contract ||
         failed+=("$version")
 done
+echo "== vLLM's toy proxies, from these sources, in front of two servers of the installed vLLM"
+"$python" -m pytest tests/servers/test_toy_proxies.py || failed+=("toy proxies")
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "the contract tests fail against vLLM ${failed[*]}" >&2
+    echo "failed: ${failed[*]}" >&2
     exit 1
 fi
