@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import json
-import logging.config
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from kvsdk.config import options_table, parse_options, transfer_config
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CONFIG_COMMAND = re.compile(r"kvsdk config '(\{.*?\})'", re.DOTALL)
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -31,10 +31,16 @@ def without_code(page: Path) -> str:
 
 def section(page: Path, heading: str) -> str:
     """The text under a heading, up to the next heading of its level or a higher one."""
-    level = heading.partition(" ")[0]
-    _, found, rest = page.read_text().partition(f"\n{heading}\n")
-    assert found, f"{page.name} has no heading {heading!r}"
-    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    level, lines, inside, in_fence = heading.index(" "), [], False, False
+    for line in page.read_text().splitlines(keepends=True):
+        in_fence ^= line.startswith("```")
+        if inside and not in_fence and re.match(rf"#{{1,{level}}} ", line):
+            return "".join(lines)
+        if inside:
+            lines.append(line)
+        inside = inside or line.rstrip() == heading
+    assert inside, f"{page.name} has no heading {heading!r}"
+    return "".join(lines)
 
 
 # ---- links
@@ -112,3 +118,131 @@ def test_the_connector_of_the_authors_page_loads_from_a_module_of_its_own(worksh
     )
     found = KVConnectorFactory.get_connector_class(config)
     assert found.connector is importlib.import_module("shelf").ShelfConnector
+
+
+def test_the_keys_of_the_operators_page_are_taken_by_both_sides(workshop):
+    from kvsdk.connectors.pynccl.scheduler import client_curve, server_curve
+
+    page = ROOT / "docs/operators.md"
+    write_modules(page, workshop)
+    importlib.import_module("make_keys")
+    producer, consumer = (parse_options({}, extra=fields) for fields in curve_configs(page))
+    server, client = server_curve(producer), client_curve(consumer)
+    assert client.server_key == server.public_key
+    assert server.clients == {client.public_key}
+
+
+def curve_configs(page: Path) -> list[dict]:
+    """The options of the commands under "Security"; the connector's name is vLLM's."""
+    found = [json.loads(text) for text in CONFIG_COMMAND.findall(section(page, "## Security"))]
+    return [{name: value for name, value in fields.items() if name != "kv_connector"} for fields in found]
+
+
+def test_the_config_for_python_users_is_vllms(workshop):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm.config import KVTransferConfig
+
+    write_modules(ROOT / "docs/operators.md", workshop)
+    assert isinstance(importlib.import_module("offline").config(), KVTransferConfig)
+
+
+# ---- commands and options
+
+
+def test_every_config_command_is_accepted():
+    commands = [(page, text) for page in PAGES for text in CONFIG_COMMAND.findall(page.read_text()) if "…" not in text]
+    assert len(commands) >= 8
+    for page, text in commands:
+        assert transfer_config(text)["kv_connector"] == "PyNcclConnector", f"{page.name}: {text}"
+
+
+def test_every_option_of_the_proxy_that_a_page_names_is_one(capsys):
+    from kvsdk.proxy import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for page in PAGES:
+        for command in re.findall(r"^kvsdk proxy .*$", page.read_text(), re.MULTILINE):
+            assert set(re.findall(r"--[a-z-]+", command)) <= known, f"{page.name}: {command}"
+
+
+def test_the_operators_page_lists_every_option():
+    page = (ROOT / "docs/operators.md").read_text()
+    listed = page.partition("<!-- kvsdk.config.options_table() -->\n")[2].partition("<!-- end -->")[0]
+    assert listed == options_table()
+
+
+def test_the_operators_page_lists_every_counter():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from kvsdk.vllm.stats import COUNTERS
+
+    listed = re.findall(r"^\| `kvsdk_(\w+)_total` \| (.*) \|$", section(ROOT / "docs/operators.md", "## Metrics"), re.M)
+    assert dict(listed) == COUNTERS
+
+
+def test_every_make_target_that_a_page_names_is_one():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", page.read_text(), re.MULTILINE)) <= {
+            pair for target in targets for pair in ((target, ""), ("", target))
+        }, page.name
+
+
+# ---- what the code says
+
+
+def string_constants() -> list[str]:
+    """Every string in the package's source; implicitly joined ones as one."""
+    trees = [ast.parse(file.read_text()) for file in sorted((ROOT / "kvsdk").rglob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_every_log_line_of_the_operators_page_is_in_the_code():
+    text = section(ROOT / "docs/operators.md", "## What is in the log")
+    lines = [line for line in re.findall(r"`([^`]+)`", text) if "…" in line]
+    assert len(lines) >= 30
+    constants = [re.sub(r"%(?:\.\d)?[sdfg]|%\.\d\w", "…", constant) for constant in string_constants()]
+    for line in lines:
+        # A line is put together from several strings at these places.
+        for part in re.split("…|: |; ", line):
+            part = part.strip(" :;,()")
+            assert not part or any(part in constant for constant in constants), f"no code says {part!r} of {line!r}"
+
+
+def test_modules_import_only_what_stands_above_them_in_the_architecture():
+    text = section(ROOT / "docs/architecture.md", "## Modules")
+    rows = re.findall(r"^\| ((?:`kvsdk\.\w+`(?:, )?)+) \|", text, re.MULTILINE)
+    rank = {name: number for number, row in enumerate(rows) for name in re.findall(r"`kvsdk\.(\w+)`", row)}
+    parts = {path.stem if path.is_file() else path.name for path in (ROOT / "kvsdk").iterdir()}
+    assert rank.keys() == parts - {"__init__", "__pycache__"}
+    for file in sorted((ROOT / "kvsdk").rglob("*.py")):
+        part = file.relative_to(ROOT / "kvsdk").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for imported in imports(file):
+            if imported != part:
+                assert rank[imported] < rank[part], f"{file.name} of kvsdk.{part} imports kvsdk.{imported}"
+
+
+def imports(file: Path) -> set[str]:
+    """The parts of kvsdk that a module imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("kvsdk.")}
+
+
+def test_only_kvsdk_vllm_imports_vllm():
+    for file in sorted((ROOT / "kvsdk").rglob("*.py")):
+        if file.relative_to(ROOT / "kvsdk").parts[0] in ("vllm", "config.py"):
+            continue
+        assert not re.search(r"^\s*(?:from|import) vllm\b", file.read_text(), re.MULTILINE), file
+
+
+def test_the_changelog_knows_this_version():
+    assert f"\n## {kvsdk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
