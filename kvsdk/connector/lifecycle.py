@@ -163,6 +163,10 @@ class _Holds(Holds):
     def give_back(self, hold_id: str) -> None:
         self._ended.append(hold_id)
 
+    @property
+    def any_ended(self) -> bool:
+        return bool(self._ended)
+
     def take(self) -> list[str]:
         ended = []
         while self._ended:
@@ -203,6 +207,8 @@ class SchedulerLifecycle:
         self._ledger: _Ledger | None = None
         self._pool: BlockPool | None = None
         self._holds = _Holds()
+        self.asked_again = False
+        """Whether `pending` is asked now and then while vLLM does not step; set by who sees to that."""
         if self._producer is not None:
             self._producer.holds = self._holds
 
@@ -240,7 +246,7 @@ class SchedulerLifecycle:
         if answer is None:
             return None, False
         tracked.asked += 1
-        if self._has_holds:
+        if self.has_holds:
             block_size = self._context.cache.block_size
             needed = -(-tracked.num_tokens() // block_size) - num_local // block_size
             # Asked before, and not allocated: vLLM also reserves for others. Then every unread hold goes.
@@ -271,7 +277,7 @@ class SchedulerLifecycle:
             hit.num_tokens % block_size and hit.num_tokens != view.num_prompt_tokens
         ):
             logger.error(
-                "%s.find answered %d tokens for a prompt of %d: neither whole blocks of %d nor the whole prompt; ignored",
+                "%s.find answered %d tokens for a prompt of %d: neither blocks of %d nor all of it; ignored",
                 type(self._consumer).__name__,
                 hit.num_tokens,
                 view.num_prompt_tokens,
@@ -382,7 +388,7 @@ class SchedulerLifecycle:
             if tracked.save_from is not None:
                 self._save(tracked, entry)
             tracked.num_computed = entry.num_computed + entry.num_scheduled
-        if self._has_holds:
+        if self.has_holds:
             self._make_room(self._growth())
         self._carry_out_ends()
         orders, self._orders = self._orders, Orders()
@@ -450,7 +456,8 @@ class SchedulerLifecycle:
     # ---- room for vLLM
 
     @property
-    def _has_holds(self) -> bool:
+    def has_holds(self) -> bool:
+        """Whether blocks are held. Safe to ask from any thread."""
         return self._ledger is not None and self._ledger.num_holds > 0
 
     def _growth(self) -> int:
@@ -469,7 +476,7 @@ class SchedulerLifecycle:
             return
         self._carry_out_ends()
         missing = num_blocks - self._pool.num_free()
-        if missing > 0 and self._has_holds:
+        if missing > 0 and self.has_holds:
             self._ask(self._producer.give_up, missing)
             self._carry_out_ends()
 
@@ -483,8 +490,14 @@ class SchedulerLifecycle:
 
     @property
     def pending(self) -> bool:
-        """Whether vLLM must keep stepping although it runs nothing: blocks are held, or workers have not been told."""
-        return self._has_holds or bool(self._orders.let_go or self._orders.kept or self._orders.cancelled)
+        """Whether vLLM must step although it runs nothing: workers have not been told of something, or have saves to
+        report, or holds have ended. Blocks that are merely held need no step where something makes vLLM ask again."""
+        if self._saves or self._orders.let_go or self._orders.kept or self._orders.cancelled:
+            return True
+        if self.has_holds and self.asked_again:
+            self._ask(self._half.tick)
+            return self._holds.any_ended
+        return self.has_holds
 
     @property
     def num_held_blocks(self) -> int:

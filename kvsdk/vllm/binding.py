@@ -33,6 +33,7 @@ from kvsdk.connector.lifecycle import Orders, ScheduledRequest, SchedulerLifecyc
 from kvsdk.errors import ConfigError
 from kvsdk.layout import layout_of
 from kvsdk.vllm.stats import KVSDKPromMetrics, KVSDKStats
+from kvsdk.vllm.wake import Alarm, set_alarm
 
 if TYPE_CHECKING:
     import torch
@@ -225,6 +226,8 @@ class BoundConnector(KVConnectorBase_V1):
                 find_timeout=options.lookup_timeout + 1.0,
                 load_timeout=options.load_timeout,
             )
+            self._alarm: Alarm | None = set_alarm(lambda lifecycle=self._scheduler: lifecycle.has_holds)
+            self._scheduler.asked_again = self._alarm is not None
             self._keys_pool = ThreadPoolExecutor(1, thread_name_prefix="kvsdk-keys")
 
     # ---- worker process
@@ -378,6 +381,8 @@ class BoundConnector(KVConnectorBase_V1):
             lifecycle.close()
         if self._scheduler is not None:
             self._keys_pool.shutdown(wait=False, cancel_futures=True)
+            if self._alarm is not None:
+                self._alarm.close()
 
     @property
     def requires_kv_delivery(self) -> bool:
