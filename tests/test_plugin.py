@@ -32,13 +32,14 @@ def fresh(monkeypatch):
 def install(tmp_path, monkeypatch):
     """Makes a throwaway package with entry points and puts it on Python's path."""
 
-    def make(entry_points: str, source: str = "") -> None:
+    def make(entry_points: str, source: str = "", *, last: bool = False) -> None:
         info = tmp_path / "throwaway-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: throwaway\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[kvsdk.connectors]\n{entry_points}\n")
         (tmp_path / "throwaway.py").write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
+        # Of two packages with the same entry point, the later one on the path would win.
+        monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)] if last else [str(tmp_path), *sys.path])
         monkeypatch.delitem(sys.modules, "throwaway", raising=False)
         connectors.targets.cache_clear()
 
@@ -123,8 +124,9 @@ def test_entry_points_that_cannot_be_read_end_nothing(install, caplog):
     assert "kvsdk's connectors are not available" in caplog.text
 
 
-def test_another_package_cannot_take_a_name_of_kvsdk(fresh, install):
-    install("PyNcclConnector = throwaway:Mine", SOURCE)
+@pytest.mark.parametrize("last", [False, True], ids=["before-kvsdk", "after-kvsdk"])
+def test_another_package_cannot_take_a_name_of_kvsdk(fresh, install, last):
+    install("PyNcclConnector = throwaway:Mine", SOURCE, last=last)
     plugin.register()
     assert fresh["PyNcclConnector"]().connector.__module__ == "kvsdk.connectors.pynccl"
 
