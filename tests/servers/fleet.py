@@ -54,7 +54,15 @@ class Fleet:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(Server.stop, self._servers))
 
-    def vllm(self, name: str, config: dict[str, Any] | None = None, *, model: Path | None = None, args: Sequence[str] = (), **options: Any) -> Server:
+    def vllm(
+        self,
+        name: str,
+        config: dict[str, Any] | None = None,
+        *,
+        model: Path | None = None,
+        args: Sequence[str] = (),
+        **options: Any,
+    ) -> Server:
         """Start `vllm serve` with blocks of `BLOCK` tokens; `options` are those of `vllm_server`."""
         log = self._folder / f"{name}-{len(self._servers)}.log"
         args = ("--block-size", str(BLOCK), *args)
@@ -74,6 +82,13 @@ class Fleet:
         """Wait until all that were started are healthy."""
         wait_all_healthy([server for server in self._servers if server.process.poll() is None], BOOT_TIMEOUT)
         return self
+
+
+def met(decode: Server, *ports: int) -> None:
+    """Wait until the decode server has said that the producers on `ports` are up: before that it asks none of them."""
+    for port in ports:
+        said = f"the producer on {HOST}:{port} is up"
+        until(f"{decode.name} says that {said}", lambda said=said: said in decode.log.read_text(errors="replace"))
 
 
 def kill(server: Server) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from fleet import BLOCK, Count, Fleet, Prompts, answer, consumer, holds, holds_nothing, leave, offer, stream, until
+from fleet import BLOCK, Count, Fleet, Prompts, answer, consumer, holds, holds_nothing, leave, met, offer, stream, until
 
 from kvsdk.demo.servers import Server, free_port
 
@@ -47,17 +47,18 @@ def servers(new_fleet, tiny_llama):
     port, proxy_ports = free_port(), [free_port() for _ in MODES]
     args = ("--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "16")
     with new_fleet(tiny_llama) as fleet:
-        def start(name, config=None, blocks=64) -> Server:
-            return fleet.vllm(name, config, blocks=blocks, max_model_len=MAX_MODEL_LEN, args=args, env={"VLLM_PLUGINS": None})
+
+        def start(name: str, config: dict | None = None, blocks: int = 64) -> Server:
+            options = {"blocks": blocks, "max_model_len": MAX_MODEL_LEN, "env": {"VLLM_PLUGINS": None}}
+            return fleet.vllm(name, config, args=args, **options)
 
         alone = start("alone")
         prefill = start("prefill", json.loads(_printed_config(port)))
         by_path = {"kv_connector_module_path": "kvsdk.vllm.connectors"}
         decode = start("decode", consumer(port, **by_path), POOL)
-        proxies = {
-            mode: fleet.proxy(mode, prefill, decode, port) for mode, port in zip(MODES, proxy_ports, strict=True)
-        }
+        proxies = {mode: fleet.proxy(mode, prefill, decode, at) for mode, at in zip(MODES, proxy_ports, strict=True)}
         fleet.wait()
+        met(decode, port)
         yield Servers(alone, prefill, decode, proxies)
 
 
