@@ -187,6 +187,13 @@ def test_two_producers_and_two_consumers(engine):
     at_rest(*ps, *ds)
 
 
+def test_kv_ip_may_be_a_name(pair):
+    p, d = pair(extra={"kv_ip": "localhost"})
+    prefill(p, "a", prompt(50))
+    assert decode(d, "b", prompt(50), others=[p]) == 49
+    at_rest(p, d)
+
+
 def test_a_server_that_is_both(engine):
     port = free_port()
     one = engine("PyNcclConnector", role="kv_both", extra={"kv_port": port})
@@ -386,6 +393,8 @@ def test_servers_that_differ_refuse_each_other_by_name(pair, engine, caplog, fie
         ({"kv_bufer_size": 1e9}, "kv_buffer_size"),
         ({"kv_port": -1}, "kv_port"),
         ({"pipe": "nccl"}, "nccl"),
+        ({"kv_ip": "::1"}, "kv_ip"),
+        ({"kv_ip": "no-such-host.invalid"}, "kv_ip"),
     ],
 )
 def test_bad_options_end_the_start_with_one_line(engine, extra, says):

@@ -5,10 +5,12 @@ pair.
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 from kvsdk.buffer.wire import Field, Wire
+from kvsdk.errors import ConfigError
 from kvsdk.layout import check_same
 
 _ID = Field(str, limit=64)
@@ -47,6 +49,18 @@ class Source:
 
     addresses: tuple[str, ...]
     transfer_id: str
+
+
+def bind_address(kv_ip: str) -> str:
+    """The IPv4 address that a producer binds, `kv_ip` itself or what that name resolves to.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return str(socket.getaddrinfo(kv_ip, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(f"kv_ip={kv_ip} has no IPv4 address ({error.strerror}); set it to one of this host") from error
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from kvsdk.connector.interface import (
     ProducerScheduler,
     RequestView,
 )
-from kvsdk.connectors.pynccl.protocol import NO_DIGEST, Source, compare
+from kvsdk.connectors.pynccl.protocol import NO_DIGEST, Source, bind_address, compare
 from kvsdk.errors import ConfigError, OfferTooLarge
 from kvsdk.kernels import DIGEST_ALGORITHM
 from kvsdk.transfer_params import Role, classify, offer_params
@@ -88,7 +88,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         if self._buffer is not None:
             self._server = BufferServer(
                 self._buffer,
-                bind=options.kv_ip,
+                bind=bind_address(options.kv_ip),
                 port=options.kv_port,
                 identity=identity,
                 check=check_consumer,

@@ -11,7 +11,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, ProducerWorker
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
-from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.connectors.pynccl.protocol import Source, bind_address
 from kvsdk.connectors.pynccl.serving import Offers, WorkerServer
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
@@ -44,7 +44,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 self._offers,
                 kind=self._kind,
                 make_host=self.make_host,
-                bind_ip=options.kv_ip,
+                bind_ip=bind_address(options.kv_ip),
                 staging_bytes=options.staging_bytes,
                 verify=options.verify,
                 counters=self._counters,
@@ -53,7 +53,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
     def make_host(self) -> PipeHost:
         """The producer's end of a new pair."""
         options = self.context.options
-        return PipeHost(self._kind, options.kv_ip, self._device, max_ctas=options.nccl_max_ctas)
+        return PipeHost(self._kind, bind_address(options.kv_ip), self._device, max_ctas=options.nccl_max_ctas)
 
     def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
         """The consumer's end of a pair."""
