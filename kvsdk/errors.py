@@ -56,7 +56,9 @@ class OfferTooLarge(KVError):
     """
 
     def __init__(self, needed: int, limit: int):
-        super().__init__(f"an offer of {needed} bytes exceeds kv_buffer_size={limit}; set kv_buffer_size to at least {needed}")
+        super().__init__(
+            f"an offer of {needed} bytes exceeds kv_buffer_size={limit}; set kv_buffer_size to at least {needed}"
+        )
         self.needed, self.limit = needed, limit
 
 

@@ -60,7 +60,7 @@ def bind_address(kv_ip: str) -> str:
     try:
         return str(socket.getaddrinfo(kv_ip, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise ConfigError(f"kv_ip={kv_ip} has no IPv4 address ({error.strerror}); set it to one of this host") from error
+        raise ConfigError(f"kv_ip={kv_ip} has no IPv4 address ({error.strerror}); set it to one") from error
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
