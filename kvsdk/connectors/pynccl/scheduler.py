@@ -6,6 +6,7 @@ import logging
 import pathlib
 from typing import Any
 
+import numpy as np
 import zmq.auth
 
 from kvsdk.buffer import (
@@ -57,6 +58,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
                     f"kv_buffer_size={options.kv_buffer_size} holds no block: one takes {cache.block_bytes} bytes; "
                     f"set kv_buffer_size to at least {cache.block_bytes}"
                 )
+            # Its first use imports numpy.ma: 40 ms that would else be the first offer's, and every request's beside it.
+            np.unique(np.zeros(1, np.int32))
             self._buffer = LookupBuffer(
                 limit_bytes=int(options.kv_buffer_size),
                 block_bytes=cache.block_bytes,
@@ -126,6 +129,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
                 if not self._ask(request, num_local_tokens):
                     return None
                 self._asked.add(request.id)
+                # The client's thread is sending now, under the lock that `poll` takes: up to 1 ms of everybody's step.
+                return ASK_AGAIN
             answer = self._client.poll(request.id)
             if answer is Pending:
                 return ASK_AGAIN
