@@ -45,12 +45,16 @@ KEY_BYTES = 16
 
 @dataclasses.dataclass
 class Orders:
-    """What the scheduler process tells the workers in one step."""
+    """What the scheduler process tells the workers in one step.
+
+    Attributes:
+        holds: holds that began, with their blocks, and that ended, with `None`, in the order in which they did: one may
+            end and another of the same name begin within a step.
+    """
 
     loads: list[LoadOrder] = dataclasses.field(default_factory=list)
     saves: list[SaveOrder] = dataclasses.field(default_factory=list)
-    kept: list[tuple[str, BlockIds]] = dataclasses.field(default_factory=list)
-    let_go: list[str] = dataclasses.field(default_factory=list)
+    holds: list[tuple[str, BlockIds | None]] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -360,11 +364,19 @@ class SchedulerLifecycle:
         if any(len(ids) < num_blocks for ids in blocks):
             return None
         kept = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in blocks)
+        # Sliding-window layers: vLLM has freed the blocks before the window and put its null block in their place.
+        if any((ids == 0).any() for ids in kept):
+            return None
         keep = self._ask(self._producer.finished, view, kept)
         if keep is None:
             return None
+        if keep.hold_id in self._ledger:
+            logger.error(
+                "%s keeps request %s as %s, a hold that exists", type(self._half).__name__, view.id, keep.hold_id
+            )
+            return None
         self._ledger.hold(keep.hold_id, np.concatenate(kept))
-        self._orders.kept.append((keep.hold_id, kept))
+        self._orders.holds.append((keep.hold_id, kept))
         return dict(keep.params) if keep.params is not None else None
 
     # ---- a step
@@ -472,19 +484,22 @@ class SchedulerLifecycle:
         return need
 
     def _make_room(self, num_blocks: int) -> None:
-        if self._pool is None or self._producer is None:
+        if self._pool is None or self._ledger is None or self._producer is None:
             return
         self._carry_out_ends()
-        missing = num_blocks - self._pool.num_free()
-        if missing > 0 and self.has_holds:
+        given_up = True
+        while given_up and self.has_holds and (missing := num_blocks - self._pool.num_free()) > 0:
+            # Again, as long as it helps: blocks that running requests share are not free when a hold on them ends.
+            before = self._ledger.num_holds
             self._ask(self._producer.give_up, missing)
             self._carry_out_ends()
+            given_up = self._ledger.num_holds < before
 
     def _carry_out_ends(self) -> None:
         self._ask(self._half.tick)
         for hold_id in self._holds.take():
             if self._ledger is not None and self._ledger.give_back(hold_id):
-                self._orders.let_go.append(hold_id)
+                self._orders.holds.append((hold_id, None))
 
     # ---- the rest
 
@@ -492,7 +507,7 @@ class SchedulerLifecycle:
     def pending(self) -> bool:
         """Whether vLLM must step although it runs nothing: workers have not been told of something, or have saves to
         report, or holds have ended. Blocks that are merely held need no step where something makes vLLM ask again."""
-        if self._saves or self._orders.let_go or self._orders.kept or self._orders.cancelled:
+        if self._saves or self._orders.holds or self._orders.cancelled:
             return True
         if self.has_holds and self.asked_again:
             self._ask(self._half.tick)
@@ -524,6 +539,7 @@ class WorkerLifecycle:
         self._new_saves: list[SaveOrder] = []
         self._loads: dict[int, LoadTask] = {}
         self._saves: dict[int, SaveTask] = {}
+        self._cancelled: list[int] = []
         self.counters = Counters()
 
     def begin(self, orders: Orders) -> None:
@@ -532,14 +548,21 @@ class WorkerLifecycle:
         self._new_loads += orders.loads
         self._new_saves += orders.saves
         if self._producer is not None:
-            for hold_id, blocks in orders.kept:
-                self._producer.kept(hold_id, blocks)
-            for hold_id in orders.let_go:
-                self._producer.let_go(hold_id)
-        for load_id in orders.cancelled:
+            for hold_id, blocks in orders.holds:
+                if blocks is None:
+                    self._producer.let_go(hold_id)
+                else:
+                    self._producer.kept(hold_id, blocks)
+        self._cancelled += orders.cancelled
+        self._expire_cancelled()
+
+    def _expire_cancelled(self) -> None:
+        """A task that is in use cannot end; it is tried again in the next step."""
+        waiting, self._cancelled = self._cancelled, []
+        for load_id in waiting:
             task = self._loads.get(load_id)
-            if task is not None:
-                task.expire(Cancelled(f"request {task.request_id} was aborted"))
+            if task is not None and not task.expire(Cancelled(f"request {task.request_id} was aborted")):
+                self._cancelled.append(load_id)
 
     def start_loads(self) -> None:
         loads, self._new_loads = self._new_loads, []
@@ -574,6 +597,7 @@ class WorkerLifecycle:
         """(request ids whose load ended here, block ids that must not be used). Each load is reported once."""
         self.start_loads()
         self.start_saves()
+        self._expire_cancelled()
         now = self._clock()
         finished: set[str] = set()
         invalid: set[int] = set()
