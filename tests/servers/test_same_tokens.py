@@ -1,4 +1,4 @@
-"""A prefill server, a decode server and a proxy answer as one server alone does, and count where every token came from."""
+"""A prefill server, a decode server and a proxy answer as one server alone does, and count where tokens come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
-from fleet import BLOCK, Count, Fleet, Prompts, answer, consumer, holds, holds_nothing, leave, met, offer, stream, until
+from fleet import BLOCK, Count, Prompts, answer, consumer, holds, holds_nothing, leave, met, offer, stream, until
 
 from kvsdk.demo.servers import Server, free_port
 
