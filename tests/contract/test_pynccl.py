@@ -395,6 +395,7 @@ def test_servers_that_differ_refuse_each_other_by_name(pair, engine, caplog, fie
         ({"pipe": "nccl"}, "nccl"),
         ({"kv_ip": "::1"}, "kv_ip"),
         ({"kv_ip": "no-such-host.invalid"}, "kv_ip"),
+        ({"kv_ip": "203.0.113.7"}, "kv_ip"),
     ],
 )
 def test_bad_options_end_the_start_with_one_line(engine, extra, says):
