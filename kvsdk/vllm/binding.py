@@ -10,8 +10,10 @@ import functools
 import json
 import logging
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("kvsdk.vllm")
+
+CLOCK: ContextVar[Callable[[], float]] = ContextVar("kvsdk_clock", default=time.monotonic)
+"""The clock of connectors made from now on: a test's, so that a lease of minutes takes milliseconds."""
 
 
 @dataclass
@@ -209,6 +214,7 @@ class BoundConnector(KVConnectorBase_V1):
             world_size=vllm_config.parallel_config.world_size,
             model=_model_identity(vllm_config, options),
             cache=_geometry(vllm_config, kv_cache_config),
+            clock=CLOCK.get(),
         )
         self._scheduler: SchedulerLifecycle | None = None
         self._worker: WorkerLifecycle | None = None

@@ -10,14 +10,19 @@ It proves what a scheduler can show. It says nothing about a GPU's streams, abou
 from __future__ import annotations
 
 import collections
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
 import itertools
 import json
+import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +37,9 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator, copy_kv_blocks
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -44,6 +50,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+
+from kvsdk.vllm.audit import Audit
+from kvsdk.vllm.binding import CLOCK
 
 VOCABULARY = 997
 HEADS, CONTENT = 2, 4  # per token and layer: a (HEADS, CONTENT) tile of float32
@@ -118,6 +127,31 @@ def _model_config(max_model_len: int) -> ModelConfig:
     )
 
 
+def _place(config: VllmConfig, groups: list[KVCacheGroupSpec], num_blocks: int) -> KVCacheConfig:
+    """Have vLLM say where the blocks of each layer lie, as its engine does at start."""
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups  # 0.33 on
+    except ImportError:
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+    if hasattr(config.cache_config, "get_resolved_kv_cache_layout"):  # 0.29 on; the layout is the one of CPUs
+        config.cache_config.kv_cache_layout = "LBHNC"
+    page = groups[0].kv_cache_spec.page_size_bytes * len(groups[0].layer_names)
+    return get_kv_cache_config_from_groups(config, groups, page * num_blocks)
+
+
+def _allocate(config: KVCacheConfig, block_size: int) -> dict[str, torch.Tensor]:
+    """Layer name to (blocks, HEADS, block_size, CONTENT) float32: one allocation for all layers from 0.29 on."""
+    shape = (config.num_blocks, HEADS, block_size, CONTENT)
+    caches: dict[str, torch.Tensor] = {}
+    for tensor in config.kv_cache_tensors:
+        memory = torch.zeros(tensor.size // 4, dtype=torch.float32)
+        names = tensor.layers if hasattr(tensor, "layers") else tensor.shared_by
+        for i, name in enumerate(names):
+            start = (tensor.offset + i * getattr(tensor, "layer_stride", 0)) // 4
+            caches[name] = memory[start : start + math.prod(shape)].view(shape)
+    return caches
+
+
 def _accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that this release's function takes."""
     names = inspect.signature(function).parameters
@@ -138,6 +172,18 @@ class _Running:
         del self.tokens[count:], self.states[count:]
 
 
+@dataclasses.dataclass
+class _Scheduled:
+    """One request's part of a step: tokens `start` to `end`; the block and slot of every token up to `end`."""
+
+    request_id: str
+    running: _Running
+    start: int
+    end: int
+    blocks: np.ndarray
+    offsets: np.ndarray
+
+
 class Worker:
     """One tensor-parallel rank: a KV cache, a worker-role connector, and the stand-in model.
 
@@ -149,47 +195,47 @@ class Worker:
     def __init__(
         self, config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int, runner: int, salt_of: Callable[[str], int]
     ):
-        self.rank, self._runner, self._salt_of = rank, runner, salt_of
+        self.rank, self._runner, self._salt_of, self._config = rank, runner, salt_of, config
         self._block_size = config.cache_config.block_size
         config.parallel_config.rank = rank
         self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
-        shape = (kv_cache_config.num_blocks, HEADS, self._block_size, CONTENT)
-        layers = kv_cache_config.kv_cache_groups[0].layer_names
-        self.kv_caches = {name: torch.zeros(shape, dtype=torch.float32) for name in layers}
+        self.kv_caches = _allocate(kv_cache_config, self._block_size)
         # (layers, blocks, heads, tokens, content) int32 views of the same memory
         self.words = [cache.numpy().view(np.int32) for cache in self.kv_caches.values()]
         self.connector.register_kv_caches(self.kv_caches)
+        self.connector.set_host_xfer_buffer_ops(copy_kv_blocks)
+        self._layers = {name: types.SimpleNamespace(kv_cache=cache) for name, cache in self.kv_caches.items()}
         self._requests: dict[str, _Running] = {}
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         """One step, with the connector's hooks in the order in which this release of vLLM calls them."""
-        connector = self.connector
-        report = KVConnectorOutput()
-        metadata = output.kv_connector_metadata
+        connector, metadata = self.connector, output.kv_connector_metadata
         assert metadata is not None
+        batch = self._batch(output)
         connector.handle_preemptions(metadata)
         connector.bind_connector_metadata(metadata)
+        # 0.29 on: only loads that this step's attention reads go before the forward.
         after_forward = hasattr(output, "has_sync_kv_loads") and not output.has_sync_kv_loads
-        if not after_forward:
-            connector.start_load_kv(None)
-        sampled = self._forward(output)
-        if after_forward:
-            connector.start_load_kv(None)
-        if output.total_num_scheduled_tokens or hasattr(
-            connector, "get_mem_pool_context"
-        ):  # 0.31 on: in empty steps, too
+        attention = self._attention(batch)
+        with self._forward_context(attention) as context:
+            if not after_forward:
+                connector.start_load_kv(context, **self._load_keywords(output, batch))
+            sampled = self._forward(batch, attention)
+            if after_forward and self._runner == 1:
+                connector.start_load_kv(context)
+        if self._runner == 2:
+            if hasattr(connector, "finish_forward"):
+                connector.finish_forward()
+            if after_forward:
+                with self._forward_context(None) as context:  # the second runner has left the forward by then
+                    connector.start_load_kv(context, **self._load_keywords(output, batch))
+        if batch or hasattr(connector, "get_mem_pool_context"):  # 0.31 on: in empty steps, too
             connector.wait_for_save()
-        if hasattr(connector, "get_transfer_results"):
-            results = connector.get_transfer_results(output.finished_req_ids)
-            report.finished_sending, report.finished_recving = results.finished_sending, results.finished_recving
-            report.failed_recving = results.failed_recving
-        else:
-            report.finished_sending, report.finished_recving = connector.get_finished(output.finished_req_ids)
-        report.invalid_block_ids = connector.get_block_ids_with_load_errors()
-        report.kv_connector_stats = connector.get_kv_connector_stats()
-        report.kv_cache_events = connector.get_kv_connector_kv_cache_events()
-        report.kv_connector_worker_meta = connector.build_connector_worker_meta()
+        report = self._report(output.finished_req_ids)
         connector.clear_connector_metadata()
+        if not batch:
+            # A copy: the aggregator writes into what it is given, and vLLM has one empty output for all.
+            return copy.copy(ModelRunnerOutput.with_kv_conn_output_only(report))
         ids = list(sampled)
         return ModelRunnerOutput(
             req_ids=ids,
@@ -198,7 +244,23 @@ class Worker:
             kv_connector_output=report,
         )
 
-    def _forward(self, output: SchedulerOutput) -> dict[str, list[int]]:
+    def _report(self, finished_req_ids: set[str]) -> KVConnectorOutput:
+        connector, report = self.connector, KVConnectorOutput()
+        if hasattr(connector, "get_transfer_results"):
+            results = connector.get_transfer_results(finished_req_ids)
+            report.finished_sending = results.finished_sending or None
+            report.finished_recving = results.finished_recving or None
+            report.failed_recving = results.failed_recving
+        else:
+            report.finished_sending, report.finished_recving = connector.get_finished(finished_req_ids)
+        report.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        report.kv_connector_stats = connector.get_kv_connector_stats()
+        report.kv_cache_events = connector.get_kv_connector_kv_cache_events()
+        report.kv_connector_worker_meta = connector.build_connector_worker_meta()
+        return report
+
+    def _batch(self, output: SchedulerOutput) -> list[_Scheduled]:
+        """What this step computes, after the block tables were brought up to date."""
         for request_id in output.finished_req_ids:
             self._requests.pop(request_id, None)
         for new in output.scheduled_new_reqs:
@@ -219,18 +281,65 @@ class Worker:
                     ids.extend(more)
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        sampled: dict[str, list[int]] = {}
+        batch = []
         for request_id, count in output.num_scheduled_tokens.items():
             running, start = self._requests[request_id], computed[request_id]
             self._extend(request_id, running)
-            end = start + count
-            self._check(request_id, running, start)
-            self._write(running, start, end)
-            sampled[request_id] = []
-            if end >= len(running.tokens):
-                token = next_token(running.states[end - 1])
-                running.tokens = [*running.tokens[:end], token]
-                sampled[request_id] = [token]
+            batch.append(_Scheduled(request_id, running, start, start + count, *self._slots(running, start + count)))
+        return batch
+
+    def _attention(self, batch: list[_Scheduled]) -> dict[str, types.SimpleNamespace] | None:
+        """What vLLM's attention backends are told, by layer, as far as connectors look at it; None in an empty step."""
+        if not batch:
+            return None
+        slots = [one.blocks[one.start :] * self._block_size + one.offsets[one.start :] for one in batch]
+        told = types.SimpleNamespace(
+            slot_mapping=torch.from_numpy(np.concatenate(slots)),
+            num_actual_tokens=sum(one.end - one.start for one in batch),
+        )
+        return dict.fromkeys(self.kv_caches, told)
+
+    @contextlib.contextmanager
+    def _forward_context(self, attention: dict[str, types.SimpleNamespace] | None) -> Iterator[Any]:
+        slots = {name: told.slot_mapping for name, told in attention.items()} if attention else None
+        context = create_forward_context(attention, self._config, slot_mapping=slots)
+        context.no_compile_layers = self._layers
+        with override_forward_context(context):
+            yield context
+
+    def _load_keywords(self, output: SchedulerOutput, batch: list[_Scheduled]) -> dict[str, Any]:
+        """What the second runner adds to `start_load_kv` from 0.30 on."""
+        if self._runner == 1 or not batch or not hasattr(self.connector, "finish_forward"):
+            return {}
+        return dict(
+            scheduler_output=output,
+            request_state_indices=torch.arange(len(batch), dtype=torch.int32),
+            request_ids=[one.request_id for one in batch],
+            num_tokens=sum(one.end - one.start for one in batch),
+        )
+
+    def _forward(
+        self, batch: list[_Scheduled], attention: dict[str, types.SimpleNamespace] | None
+    ) -> dict[str, list[int]]:
+        # vLLM's usual backends write a layer's new KV before the connector is asked to wait for that layer, and attend
+        # after: a late load must leave alone what this step computed.
+        for layer, (name, cache) in enumerate(self.kv_caches.items()):
+            for one in batch:
+                self._write(layer, one)
+            if attention is not None:
+                self.connector.wait_for_layer_load(name)
+            for one in batch:
+                self._check(layer, one)
+            if attention is not None:
+                self.connector.save_kv_layer(name, cache, attention[name])
+        sampled: dict[str, list[int]] = {}
+        for one in batch:
+            running = one.running
+            sampled[one.request_id] = []
+            if one.end >= len(running.tokens):
+                token = next_token(running.states[one.end - 1])
+                running.tokens = [*running.tokens[: one.end], token]
+                sampled[one.request_id] = [token]
         return sampled
 
     def _extend(self, request_id: str, running: _Running) -> None:
@@ -238,29 +347,25 @@ class Worker:
         if missing:
             running.states += chain(missing, self._salt_of(request_id), running.states[-1] if running.states else 0)
 
-    def _slots(self, running: _Running, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(start, end)
+    def _slots(self, running: _Running, end: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(end)
         table = np.asarray(running.tables[0], np.int64)
         return table[positions // self._block_size], positions % self._block_size
 
-    def _check(self, request_id: str, running: _Running, count: int) -> None:
-        if not count:
-            return
-        blocks, offsets = self._slots(running, 0, count)
-        for layer, words in enumerate(self.words):
-            seen = words[blocks, :, offsets, :]
-            wanted = content(running.states[:count], layer, self.rank)
-            if not np.array_equal(seen, wanted):
-                position = int(np.flatnonzero((seen != wanted).any(axis=(1, 2)))[0])
-                raise WrongBytes(
-                    f"rank {self.rank}, request {request_id}: wrong KV at position {position} of {count} "
-                    f"(block {blocks[position]}, slot {offsets[position]}, layer {layer})"
-                )
+    def _check(self, layer: int, one: _Scheduled) -> None:
+        seen = self.words[layer][one.blocks, :, one.offsets, :]
+        wanted = content(one.running.states[: one.end], layer, self.rank)
+        if not np.array_equal(seen, wanted):
+            position = int(np.flatnonzero((seen != wanted).any(axis=(1, 2)))[0])
+            raise WrongBytes(
+                f"rank {self.rank}, request {one.request_id}: wrong KV at position {position} of {one.end} "
+                f"(block {one.blocks[position]}, slot {one.offsets[position]}, layer {layer})"
+            )
 
-    def _write(self, running: _Running, start: int, end: int) -> None:
-        blocks, offsets = self._slots(running, start, end)
-        for layer, words in enumerate(self.words):
-            words[blocks, :, offsets, :] = content(running.states[start:end], layer, self.rank)
+    def _write(self, layer: int, one: _Scheduled) -> None:
+        self.words[layer][one.blocks[one.start :], :, one.offsets[one.start :], :] = content(
+            one.running.states[one.start : one.end], layer, self.rank
+        )
 
 
 class Engine:
@@ -271,6 +376,16 @@ class Engine:
         num_blocks: blocks in the pool, the null block included.
         async_scheduling: vLLM's `AsyncScheduler` with two steps in flight, CUDA's default.
         model_runner: 1 or 2: how a resumed request is presented to workers.
+        clock: the time of the connectors made through `kvsdk.vllm.binding`, in seconds.
+        audit: check after every step who may write and read each block; see `kvsdk.vllm.audit`.
+
+    Attributes:
+        outputs: tokens answered so far, by request id.
+        finish_reasons: why a request ended, by request id.
+        params: `kv_transfer_params` of the response, by request id.
+        hits: tokens that a request did not compute when it was first scheduled, and its prompt's length.
+        between: called in every step after the scheduler has decided and before the workers carry it out: what comes
+            from another thread or process may arrive there.
     """
 
     def __init__(
@@ -287,7 +402,25 @@ class Engine:
         async_scheduling: bool = False,
         model_runner: int = 1,
         prefix_caching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        audit: bool = False,
     ):
+        self._restart = functools.partial(
+            Engine,
+            kv_transfer_config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            layers=layers,
+            world_size=world_size,
+            async_scheduling=async_scheduling,
+            model_runner=model_runner,
+            prefix_caching=prefix_caching,
+            clock=clock,
+            audit=audit,
+        )
         scheduler_values = dict(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -308,27 +441,14 @@ class Engine:
         self.block_size, self.num_blocks = block_size, num_blocks
         spec = FullAttentionSpec(block_size=block_size, num_kv_heads=HEADS, head_size=CONTENT // 2, dtype=torch.float32)
         names = [f"model.layers.{i}.self_attn.attn" for i in range(layers)]
-        self.kv_cache_config = KVCacheConfig(
-            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)]
-        )
+        self.kv_cache_config = _place(self.config, [KVCacheGroupSpec(names, spec)], num_blocks)
         self._salts: dict[str, int] = {}
         salt_of = lambda request_id: self._salts.get(request_id, 0)  # noqa: E731
-        self.workers = [
-            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
-        ]
-        self.config.parallel_config.rank = 0
-        values = dict(
-            vllm_config=self.config,
-            kv_cache_config=self.kv_cache_config,
-            structured_output_manager=StructuredOutputManager(self.config),
-            block_size=block_size,
-            hash_block_size=block_size,
-            log_stats=True,
-        )
-        kind = AsyncScheduler if async_scheduling else Scheduler
-        self.scheduler = kind(**_accepted(Scheduler.__init__, values))
-        self.scheduler.use_v2_model_runner = model_runner == 2
-        self.connector = self.scheduler.connector
+        before = CLOCK.set(clock)
+        try:
+            self._connect(salt_of, world_size, model_runner, async_scheduling)
+        finally:
+            CLOCK.reset(before)
         handshakes = {(0, worker.rank): worker.connector.get_handshake_metadata() for worker in self.workers}
         self.connector.set_xfer_handshake_metadata_pp_aware(
             {key: value for key, value in handshakes.items() if value is not None}
@@ -346,6 +466,29 @@ class Engine:
         self.stats: collections.Counter[str] = collections.Counter()
         self._lengths: dict[str, int] = {}
         self._free_at_start = self.num_free_blocks
+        self.between: Callable[[], None] | None = None
+        self.audit = Audit(self) if audit else None
+
+    def _connect(
+        self, salt_of: Callable[[str], int], world_size: int, model_runner: int, async_scheduling: bool
+    ) -> None:
+        """The parts that make connectors, in vLLM's order."""
+        self.workers = [
+            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
+        ]
+        self.config.parallel_config.rank = 0
+        values = dict(
+            vllm_config=self.config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=self.block_size,
+            hash_block_size=self.block_size,
+            log_stats=True,
+        )
+        kind = AsyncScheduler if async_scheduling else Scheduler
+        self.scheduler = kind(**_accepted(Scheduler.__init__, values))
+        self.scheduler.use_v2_model_runner = model_runner == 2
+        self.connector = self.scheduler.connector
 
     # ---- requests
 
@@ -403,6 +546,8 @@ class Engine:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._note_hits(output)
+            if self.between is not None:
+                self.between()
             self._in_flight.append((output, self._execute(output)))
             if len(self._in_flight) < self._depth and output.total_num_scheduled_tokens:
                 return True
@@ -410,13 +555,25 @@ class Engine:
         return True
 
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        outputs = [worker.execute(output) for worker in self.workers]
+        if self.audit is not None:
+            self.audit.check_pool()
+        outputs = [self._execute_on(worker, output) for worker in self.workers]
         combined = self._aggregator.aggregate(outputs, 0) if len(outputs) > 1 else outputs[0]
         assert combined is not None
         report = combined.kv_connector_output
         if report is not None and report.kv_connector_stats is not None:
             self.stats.update(report.kv_connector_stats.data)
+        if self.audit is not None:
+            self.audit.reported(report)
         return combined
+
+    def _execute_on(self, worker: Worker, output: SchedulerOutput) -> ModelRunnerOutput:
+        if self.audit is None:
+            return worker.execute(output)
+        self.audit.check_writes(worker)
+        executed = worker.execute(output)
+        self.audit.executed(worker, executed.kv_connector_output or KVConnectorOutput())
+        return executed
 
     def _update(self) -> None:
         scheduler_output, model_output = self._in_flight.popleft()
@@ -426,6 +583,8 @@ class Engine:
                 if one.finish_reason is not None:
                     self.finish_reasons[one.request_id] = str(one.finish_reason)
                     self.params[one.request_id] = one.kv_transfer_params
+        if self.audit is not None:
+            self.audit.check_pool()
 
     def _note_hits(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
@@ -457,13 +616,49 @@ class Engine:
         return [id for id, request in self.scheduler.requests.items() if not request.is_finished()]
 
     def check_at_rest(self) -> None:
-        """Every request has ended and the pool has its size again."""
+        """Every request has ended, the pool has its size again and nothing is open."""
         assert not self.scheduler.requests, f"requests remain: {list(self.scheduler.requests)}"
         assert self.num_free_blocks == self._free_at_start, (
             f"{self._free_at_start - self.num_free_blocks} blocks are not back"
         )
 
+        if self.audit is not None:
+            self.audit.check_pool()
+            self.audit.check_at_rest()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the engine has nothing to do and holds nothing back."""
+        return not self.scheduler.has_requests() and not self._in_flight
+
+    def peek(self, block_ids: Sequence[int], rank: int = 0) -> np.ndarray:
+        """What lies in these blocks, read around the connector: int32 (layers, blocks, HEADS, block_size, CONTENT)."""
+        return np.stack([words[list(block_ids)] for words in self.workers[rank].words])
+
+    def poke(self, block_ids: Sequence[int], words: np.ndarray, rank: int = 0) -> None:
+        """Write what `peek` returned, or something else of its shape, around the connector."""
+        for mine, new in zip(self.workers[rank].words, words, strict=True):
+            mine[list(block_ids)] = new
+        if self.audit is not None:
+            self.audit.accept(self.workers[rank], block_ids)
+
+    # ---- the end
+
+    def reset(self) -> bool:
+        """vLLM's `reset_prefix_cache`, the connector's part included."""
+        return bool(self.scheduler.reset_prefix_cache(reset_connector=True))
+
+    def kill(self) -> None:
+        """The engine dies where it stands: with requests, loads and holds open. As near as one process comes to it:
+        threads and sockets are closed, and nobody is told."""
+        self.close()
+
+    def restart(self) -> Engine:
+        """Another engine of the same configuration, which knows nothing; this one must have been killed or closed."""
+        return self._restart()
+
     def close(self) -> None:
+        """Shut the connectors down, as vLLM does when it ends in good order. Twice is fine."""
         self.connector.shutdown()
         for worker in self.workers:
             worker.connector.shutdown()
