@@ -20,6 +20,7 @@ import json
 import math
 import pathlib
 import tempfile
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+
+from kvsdk.vllm.audit import Audit
+from kvsdk.vllm.binding import CLOCK
 
 VOCABULARY = 997
 HEADS, CONTENT = 2, 4  # per token and layer: a (HEADS, CONTENT) tile of float32
@@ -372,6 +376,16 @@ class Engine:
         num_blocks: blocks in the pool, the null block included.
         async_scheduling: vLLM's `AsyncScheduler` with two steps in flight, CUDA's default.
         model_runner: 1 or 2: how a resumed request is presented to workers.
+        clock: the time of the connectors made through `kvsdk.vllm.binding`, in seconds.
+        audit: check after every step who may write and read each block; see `kvsdk.vllm.audit`.
+
+    Attributes:
+        outputs: tokens answered so far, by request id.
+        finish_reasons: why a request ended, by request id.
+        params: `kv_transfer_params` of the response, by request id.
+        hits: tokens that a request did not compute when it was first scheduled, and its prompt's length.
+        between: called in every step after the scheduler has decided and before the workers carry it out: what comes
+            from another thread or process may arrive there.
     """
 
     def __init__(
@@ -388,7 +402,25 @@ class Engine:
         async_scheduling: bool = False,
         model_runner: int = 1,
         prefix_caching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        audit: bool = False,
     ):
+        self._restart = functools.partial(
+            Engine,
+            kv_transfer_config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            layers=layers,
+            world_size=world_size,
+            async_scheduling=async_scheduling,
+            model_runner=model_runner,
+            prefix_caching=prefix_caching,
+            clock=clock,
+            audit=audit,
+        )
         scheduler_values = dict(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -412,22 +444,11 @@ class Engine:
         self.kv_cache_config = _place(self.config, [KVCacheGroupSpec(names, spec)], num_blocks)
         self._salts: dict[str, int] = {}
         salt_of = lambda request_id: self._salts.get(request_id, 0)  # noqa: E731
-        self.workers = [
-            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
-        ]
-        self.config.parallel_config.rank = 0
-        values = dict(
-            vllm_config=self.config,
-            kv_cache_config=self.kv_cache_config,
-            structured_output_manager=StructuredOutputManager(self.config),
-            block_size=block_size,
-            hash_block_size=block_size,
-            log_stats=True,
-        )
-        kind = AsyncScheduler if async_scheduling else Scheduler
-        self.scheduler = kind(**_accepted(Scheduler.__init__, values))
-        self.scheduler.use_v2_model_runner = model_runner == 2
-        self.connector = self.scheduler.connector
+        before = CLOCK.set(clock)
+        try:
+            self._connect(salt_of, world_size, model_runner, async_scheduling)
+        finally:
+            CLOCK.reset(before)
         handshakes = {(0, worker.rank): worker.connector.get_handshake_metadata() for worker in self.workers}
         self.connector.set_xfer_handshake_metadata_pp_aware(
             {key: value for key, value in handshakes.items() if value is not None}
@@ -445,6 +466,29 @@ class Engine:
         self.stats: collections.Counter[str] = collections.Counter()
         self._lengths: dict[str, int] = {}
         self._free_at_start = self.num_free_blocks
+        self.between: Callable[[], None] | None = None
+        self.audit = Audit(self) if audit else None
+
+    def _connect(
+        self, salt_of: Callable[[str], int], world_size: int, model_runner: int, async_scheduling: bool
+    ) -> None:
+        """The parts that make connectors, in vLLM's order."""
+        self.workers = [
+            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
+        ]
+        self.config.parallel_config.rank = 0
+        values = dict(
+            vllm_config=self.config,
+            kv_cache_config=self.kv_cache_config,
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=self.block_size,
+            hash_block_size=self.block_size,
+            log_stats=True,
+        )
+        kind = AsyncScheduler if async_scheduling else Scheduler
+        self.scheduler = kind(**_accepted(Scheduler.__init__, values))
+        self.scheduler.use_v2_model_runner = model_runner == 2
+        self.connector = self.scheduler.connector
 
     # ---- requests
 
@@ -502,6 +546,8 @@ class Engine:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._note_hits(output)
+            if self.between is not None:
+                self.between()
             self._in_flight.append((output, self._execute(output)))
             if len(self._in_flight) < self._depth and output.total_num_scheduled_tokens:
                 return True
@@ -509,13 +555,25 @@ class Engine:
         return True
 
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        outputs = [worker.execute(output) for worker in self.workers]
+        if self.audit is not None:
+            self.audit.check_pool()
+        outputs = [self._execute_on(worker, output) for worker in self.workers]
         combined = self._aggregator.aggregate(outputs, 0) if len(outputs) > 1 else outputs[0]
         assert combined is not None
         report = combined.kv_connector_output
         if report is not None and report.kv_connector_stats is not None:
             self.stats.update(report.kv_connector_stats.data)
+        if self.audit is not None:
+            self.audit.reported(report)
         return combined
+
+    def _execute_on(self, worker: Worker, output: SchedulerOutput) -> ModelRunnerOutput:
+        if self.audit is None:
+            return worker.execute(output)
+        self.audit.check_writes(worker)
+        executed = worker.execute(output)
+        self.audit.executed(worker, executed.kv_connector_output or KVConnectorOutput())
+        return executed
 
     def _update(self) -> None:
         scheduler_output, model_output = self._in_flight.popleft()
@@ -525,6 +583,8 @@ class Engine:
                 if one.finish_reason is not None:
                     self.finish_reasons[one.request_id] = str(one.finish_reason)
                     self.params[one.request_id] = one.kv_transfer_params
+        if self.audit is not None:
+            self.audit.check_pool()
 
     def _note_hits(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
@@ -556,13 +616,49 @@ class Engine:
         return [id for id, request in self.scheduler.requests.items() if not request.is_finished()]
 
     def check_at_rest(self) -> None:
-        """Every request has ended and the pool has its size again."""
+        """Every request has ended, the pool has its size again and nothing is open."""
         assert not self.scheduler.requests, f"requests remain: {list(self.scheduler.requests)}"
         assert self.num_free_blocks == self._free_at_start, (
             f"{self._free_at_start - self.num_free_blocks} blocks are not back"
         )
 
+        if self.audit is not None:
+            self.audit.check_pool()
+            self.audit.check_at_rest()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the engine has nothing to do and holds nothing back."""
+        return not self.scheduler.has_requests() and not self._in_flight
+
+    def peek(self, block_ids: Sequence[int], rank: int = 0) -> np.ndarray:
+        """What lies in these blocks, read around the connector: int32 (layers, blocks, HEADS, block_size, CONTENT)."""
+        return np.stack([words[list(block_ids)] for words in self.workers[rank].words])
+
+    def poke(self, block_ids: Sequence[int], words: np.ndarray, rank: int = 0) -> None:
+        """Write what `peek` returned, or something else of its shape, around the connector."""
+        for mine, new in zip(self.workers[rank].words, words, strict=True):
+            mine[list(block_ids)] = new
+        if self.audit is not None:
+            self.audit.accept(self.workers[rank], block_ids)
+
+    # ---- the end
+
+    def reset(self) -> bool:
+        """vLLM's `reset_prefix_cache`, the connector's part included."""
+        return bool(self.scheduler.reset_prefix_cache(reset_connector=True))
+
+    def kill(self) -> None:
+        """The engine dies where it stands: with requests, loads and holds open. As near as one process comes to it:
+        threads and sockets are closed, and nobody is told."""
+        self.close()
+
+    def restart(self) -> Engine:
+        """Another engine of the same configuration, which knows nothing; this one must have been killed or closed."""
+        return self._restart()
+
     def close(self) -> None:
+        """Shut the connectors down, as vLLM does when it ends in good order. Twice is fine."""
         self.connector.shutdown()
         for worker in self.workers:
             worker.connector.shutdown()
