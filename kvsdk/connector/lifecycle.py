@@ -519,10 +519,9 @@ class SchedulerLifecycle:
         return self._ledger.num_blocks if self._ledger is not None else 0
 
     def reset(self) -> bool:
-        if not self._half.reset():
-            return False
+        complete = self._half.reset()
         self._carry_out_ends()
-        return True
+        return complete
 
     def close(self) -> None:
         self._half.close()

@@ -308,19 +308,23 @@ def test_blocks_written_again_while_they_are_read_do_not_count(pair, monkeypatch
     """The lease ends between gathering and sending: whatever was gathered is thrown away."""
     p, d = pair()
     prefill(p, "a", prompt(100))
+    p.step()  # the worker hears of the offer
     store = type(p.workers[0].connector._half._store)
     gather = store.gather
+    gathered = []
 
     def slow(self, block_ids, staging):
-        for one in (buffer(p),):
-            one.close()  # ends every offer at once, claimed ones too
+        buffer(p).close()  # ends every offer at once, claimed ones too
         while p.scheduler.has_requests():
             p.step()
+        for words in p.workers[0].words:
+            words[block_ids] = -1
         gather(self, block_ids, staging)
+        gathered.append(len(block_ids))
 
     monkeypatch.setattr(store, "gather", slow)
     assert decode(d, "b", prompt(100)) == 0
-    assert d.stats["loads_failed"] == 1
+    assert gathered == [7] and d.stats["loads_failed"] == 1
 
 
 def test_a_producer_that_dies_costs_time_not_answers(pair):

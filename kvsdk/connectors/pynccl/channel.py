@@ -25,20 +25,28 @@ class Channel:
     Args:
         address: `host:port` to connect to; or `None` to bind.
         bind_ip: where to listen, on an ephemeral port, when there is no address.
+        heartbeat: seconds between libzmq's own pings; a peer that answers none for three times as long is gone. It
+            covers a host that vanishes and closes nothing.
     """
 
-    def __init__(self, *, address: str | None = None, bind_ip: str = ""):
+    def __init__(self, *, address: str | None = None, bind_ip: str = "", heartbeat: float = 5.0):
         self._socket = zmq_context().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * heartbeat))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(3000 * heartbeat))
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
-        if address is None:
-            port = self._socket.bind_to_random_port(f"tcp://{bind_ip}")
-            self.address = f"{bind_ip}:{port}"
-        else:
-            self._socket.connect(f"tcp://{address}")
-            self.address = address
+        try:
+            if address is None:
+                port = self._socket.bind_to_random_port(f"tcp://{bind_ip}")
+                self.address = f"{bind_ip}:{port}"
+            else:
+                self._socket.connect(f"tcp://{address}")
+                self.address = address
+        except zmq.ZMQError:
+            self._close_sockets()
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -91,6 +99,9 @@ class Channel:
         if self._closed:
             return
         self._closed = True
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()

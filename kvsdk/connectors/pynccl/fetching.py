@@ -17,7 +17,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.protocol import Source
-from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, own_stream
+from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import Pipe
@@ -25,7 +25,7 @@ from kvsdk.pipe import Pipe
 logger = logging.getLogger("kvsdk.pynccl")
 
 IDLE_SECONDS = 120.0
-"""A pair that loads nothing for so long is closed; the next load opens a new one."""
+"""A pair that loads nothing for so long is closed, with its memory and its thread; the next load opens a new one."""
 
 
 def local_ip_towards(address: str) -> str:
@@ -37,12 +37,13 @@ def local_ip_towards(address: str) -> str:
 
 
 class Fetcher:
-    """Loads from one producer's worker, one task after the other.
+    """Loads from one producer's worker, one task after the other, until it has had nothing to do for `IDLE_SECONDS`.
 
     Args:
         address: `host:port` of the producer's worker.
         join: makes the consumer's end of a pipe from an invitation: `join(invite, bind_ip, deadline)`.
         kind: the pipe's kind.
+        streams: where the thread takes its stream from.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class Fetcher:
         kind: str,
         join: Callable[[dict[str, Any], str, float], Pipe],
         staging_bytes: int,
+        streams: Streams,
         verify: bool,
         counters: Counters,
     ):
-        self.address = address
+        self.address, self._streams = address, streams
         self._store, self._kind, self._join, self._verify, self._counters = store, kind, join, verify, counters
         self._chunk = max(1, staging_bytes // store.staging_bytes(1))
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended = False  # nothing is queued any more
         self._stop = threading.Event()
         self._pipe: Pipe | None = None
         self._channel: Channel | None = None
@@ -68,33 +72,43 @@ class Fetcher:
         self._thread = threading.Thread(target=self._run, name=f"kvsdk-fetch-{address}", daemon=True)
         self._thread.start()
 
-    def load(self, task: LoadTask) -> None:
-        """Queue a load; never waits."""
-        self._tasks.put(task)
-        if not self._thread.is_alive():
-            self._fail_queued(KVError(f"the thread that loads from {self.address} has ended"))
+    def load(self, task: LoadTask) -> bool:
+        """Queue a load; never waits. False when this fetcher has ended: the load is for another one."""
+        with self._lock:
+            if not self._ended:
+                self._tasks.put(task)
+            return not self._ended
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and not self._stop.is_set()
+    def ended(self) -> bool:
+        return self._ended
 
     def _run(self) -> None:
+        reason: Exception = KVError("the worker closes")
         try:
-            with own_stream(self._store.device):
+            with self._streams.own():
                 while not self._stop.is_set():
                     try:
                         task = self._tasks.get(timeout=IDLE_SECONDS)
                     except queue.Empty:
-                        self._disconnect()
+                        if self._end(only_if_idle=True):
+                            return
                         continue
                     if task is not None and not task.ended:
                         self._load(task)
         except Exception as error:
             logger.exception("the thread that loads from %s failed", self.address)
-            self._stop.set()
-            self._fail_queued(error)
+            reason = error
         finally:
+            self._end()
             self._disconnect()
+            self._staging = None
+            self._fail_queued(reason)
+
+    def _end(self, *, only_if_idle: bool = False) -> bool:
+        with self._lock:
+            self._ended = self._ended or not only_if_idle or self._tasks.empty()
+            return self._ended
 
     def _fail_queued(self, error: Exception) -> None:
         while True:
@@ -142,6 +156,8 @@ class Fetcher:
             raise ProtocolError(f"{self.address} answered {kind}")
         self._channel = Channel(address=fields["control"])
         self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
+        if self._stop.is_set():
+            raise KVError("the worker closes")
         logger.info(
             "paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3
         )
@@ -232,15 +248,19 @@ class Fetcher:
         if pipe is not None:
             pipe.close(time.monotonic() + 2.0)
 
-    def close(self, timeout: float) -> None:
-        """Bounded by `timeout` seconds; twice is fine. Queued loads fail."""
+    def stop(self) -> None:
+        """Begin to close, without waiting: what runs and what is queued fails."""
         self._stop.set()
         self._tasks.put(None)
         pipe = self._pipe
         if pipe is not None:
             pipe.abort()
-        self._thread.join(timeout)
-        self._fail_queued(KVError("the worker closes"))
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread until `deadline` at most; after `stop`."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("the thread that loads from %s has not ended in time", self.address)
 
 
 def _fail(task: LoadTask, error: Exception, failed: np.ndarray | None = None) -> None:

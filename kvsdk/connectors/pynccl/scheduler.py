@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import re
+import time
 from typing import Any
 
 import numpy as np
@@ -69,8 +71,11 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
 
     def start(self, workers: list[dict[str, Any]]) -> None:
         options, context = self.context.options, self.context
-        if not workers:
-            raise ConfigError("no worker reported its KV cache; the model has no attention layers to hand over")
+        if not all(workers):
+            raise ConfigError(
+                "no worker reported its KV cache: vLLM's MultiConnector passes on the first connector's report only; "
+                "name this connector first"
+            )
         identity = {
             "protocol": 1,
             "model": dict(context.model),
@@ -214,7 +219,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             offer.transfer_id,
             options.kv_ip,
             self._server.port,
-            self.context.engine_id,
+            # Anything goes as an engine's name, but not in an HTTP header, where proxies may put it.
+            re.sub(r"[^!-~]", "_", self.context.engine_id)[:256],
             num_tokens=request.num_prompt_tokens,
             tp_size=self.context.world_size,
         )
@@ -237,12 +243,15 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
     def reset(self) -> bool:
         if self._buffer is not None:
             self._buffer.evict_all_unclaimed()
+            # What a consumer reads now cannot be withdrawn, and others could find it.
+            return self._buffer.num_offers == 0
         return True
 
     def close(self) -> None:
+        deadline = time.monotonic() + self.context.options.close_timeout
         for part in (self._client, self._server):
             if part is not None:
-                part.close(self.context.options.close_timeout)
+                part.close(max(0.1, deadline - time.monotonic()))
         if self._buffer is not None:
             self._buffer.close()
 

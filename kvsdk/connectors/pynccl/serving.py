@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,46 @@ logger = logging.getLogger("kvsdk.pynccl")
 PAIR_TIMEOUT = 20.0
 """Most seconds to connect a pair."""
 
+OFFER_TIMEOUT = 10.0
+"""Most seconds that a read waits for its offer: this worker hears of one in its next step, and steps may be long."""
 
-def own_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Run this thread's GPU work on `device`, on a stream of its own; nothing to do on a CPU."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    torch.cuda.set_device(device)
-    return torch.cuda.stream(torch.cuda.Stream(device))
+MAX_PAIRS = 256
+"""Most pairs at a time, those included that are being made: strangers can ask for them."""
+
+_ENDED_REMEMBERED = 1024
+
+
+class Streams:
+    """CUDA streams for threads that come and go; nothing on a CPU.
+
+    A stream that a thread is done with goes to the next one, and with it the memory that PyTorch's allocator keeps for
+    that stream: otherwise each pair that ends would leave a staging buffer behind.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._free: list[torch.cuda.Stream] = []
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def own(self) -> Iterator[None]:
+        """Run this thread's GPU work on the device, on a stream that no other thread has.
+
+        Memory has to be allocated inside as well: PyTorch hands out what another stream's work, such as the model's,
+        has just given up, and only work on the same stream comes after that.
+        """
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.set_device(self._device)
+        with self._lock:
+            stream = self._free.pop() if self._free else torch.cuda.Stream(self._device)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            with self._lock:
+                self._free.append(stream)
 
 
 class _Offer:
@@ -46,10 +80,13 @@ class Offers:
 
     def __init__(self) -> None:
         self._offers: dict[str, _Offer] = {}
+        self._ended: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._closed = False
         self._changed = threading.Condition()
 
     def add(self, transfer_id: str, block_ids: np.ndarray) -> None:
         with self._changed:
+            self._ended.pop(transfer_id, None)
             self._offers[transfer_id] = _Offer(block_ids)
             self._changed.notify_all()
 
@@ -59,19 +96,31 @@ class Offers:
             offer = self._offers.pop(transfer_id, None)
             if offer is not None:
                 offer.standing = False
+            self._ended[transfer_id] = None
+            if len(self._ended) > _ENDED_REMEMBERED:
+                self._ended.popitem(last=False)
+            self._changed.notify_all()
 
     def get(self, transfer_id: str, deadline: float) -> _Offer:
-        """The offer; waits for it, since a consumer may hear of it a step before this worker does.
+        """The offer; waits for one that has not been here, since a consumer may hear of it a step before this worker.
 
         Raises:
             KVError: there is no such offer.
         """
         with self._changed:
             while transfer_id not in self._offers:
+                if transfer_id in self._ended or self._closed:
+                    raise KVError(f"the offer {transfer_id} has ended")
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._changed.wait(remaining):
                     raise KVError(f"there is no offer {transfer_id}")
             return self._offers[transfer_id]
+
+    def close(self) -> None:
+        """Nobody waits any longer for an offer to come."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
     def still(self, offer: _Offer) -> bool:
         with self._changed:
@@ -90,6 +139,7 @@ class WorkerServer:
         kind: the kind of pipe that `make_host`'s hosts make.
         bind_ip: where to listen; the port is ephemeral.
         staging_bytes: size of one pair's staging buffer.
+        streams: where pairs take their streams from.
         counters: where `sent_bytes` is counted.
 
     Raises:
@@ -105,9 +155,11 @@ class WorkerServer:
         make_host: Callable[[], PipeHost],
         bind_ip: str,
         staging_bytes: int,
+        streams: Streams,
         verify: bool,
         counters: Counters,
     ):
+        self._streams = streams
         self._store, self._offers, self._kind, self._make_host = store, offers, kind, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
         self._chunk = max(1, staging_bytes // store.staging_bytes(1))
@@ -125,7 +177,7 @@ class WorkerServer:
             ) from error
         self.address = f"{bind_ip}:{port}"
         self._stop = threading.Event()
-        self._pairs: set[threading.Thread] = set()
+        self._pairs: dict[threading.Thread, PipeHost] = {}
         self._pipes: set[Pipe] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="kvsdk-worker-server", daemon=True)
@@ -160,6 +212,9 @@ class WorkerServer:
             raise ProtocolError(f"{kind} at the listener")
         if fields["pipe"] != self._kind:
             return WORKER_WIRE.encode("refused", reason=f"this worker speaks {self._kind}, not {fields['pipe']}")
+        if len(self._pairs) >= MAX_PAIRS:
+            logger.warning("a pair was refused: %d are open", MAX_PAIRS)
+            return WORKER_WIRE.encode("refused", reason=f"{MAX_PAIRS} pairs are open, which is the limit")
         host = self._make_host()
         invite = host.prepare()
         channel = Channel(bind_ip=self._bind_ip)
@@ -168,7 +223,7 @@ class WorkerServer:
             target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True
         )
         with self._lock:
-            self._pairs.add(thread)
+            self._pairs[thread] = host
         thread.start()
         return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address)
 
@@ -179,9 +234,8 @@ class WorkerServer:
             with self._lock:
                 self._pipes.add(pipe)
             logger.info("paired with a consumer over %s", pipe.kind)
-            staging = self._store.staging(self._chunk)
-            with own_stream(self._store.device):
-                self._answer_reads(pipe, channel, staging)
+            with self._streams.own():
+                self._answer_reads(pipe, channel)
         except PeerGone as error:
             logger.info("a consumer left: %s", error)
         except PipeClosed:
@@ -199,9 +253,10 @@ class WorkerServer:
                     self._pipes.discard(pipe)
                 pipe.close(time.monotonic() + 2.0)
             with self._lock:
-                self._pairs.discard(threading.current_thread())
+                del self._pairs[threading.current_thread()]
 
-    def _answer_reads(self, pipe: Pipe, channel: Channel, staging: torch.Tensor) -> None:
+    def _answer_reads(self, pipe: Pipe, channel: Channel) -> None:
+        staging = self._store.staging(self._chunk)
         while not self._stop.is_set():
             if not channel.poll(0.5):
                 continue
@@ -217,7 +272,7 @@ class WorkerServer:
         read_id, first, count = fields["read_id"], fields["first"], fields["count"]
         deadline = time.monotonic() + max(0.0, fields["timeout"])
         try:
-            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + 5.0))
+            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + OFFER_TIMEOUT))
         except KVError as error:
             channel.send("failed", read_id=read_id, reason=str(error))
             return
@@ -247,6 +302,8 @@ class WorkerServer:
                 if kind == "stop" and message["read_id"] == read_id:
                     channel.send("failed", read_id=read_id, reason="stopped by the consumer")
                     return
+                if kind == "bye":
+                    raise PeerGone("it gave the pair up in the middle of a read")
                 raise ProtocolError(f"{kind} during a read")
             channel.send("chunk", read_id=read_id, count=n, digests=digests)
             pipe.send(part, deadline)
@@ -261,8 +318,10 @@ class WorkerServer:
         self._stop.set()
         deadline = time.monotonic() + timeout
         with self._lock:
-            pipes, threads = list(self._pipes), [self._thread, *self._pairs]
+            pipes, hosts, threads = list(self._pipes), list(self._pairs.values()), [self._thread, *self._pairs]
         for pipe in pipes:
             pipe.abort()
+        for host in hosts:
+            host.close()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

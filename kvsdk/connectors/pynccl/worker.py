@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, Produce
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
 from kvsdk.connectors.pynccl.protocol import Source, bind_address
-from kvsdk.connectors.pynccl.serving import Offers, WorkerServer
+from kvsdk.connectors.pynccl.serving import Offers, Streams, WorkerServer
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
 from kvsdk.pipe import Pipe, PipeHost, choose, join, prepare_process
@@ -35,6 +36,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         options = self.context.options
         self._layout, self._store = layout, BlockStore(kv_caches, layout)
         self._device = self._store.device
+        self._streams = Streams(self._device)
         self._kind = choose(options.pipe, self._device.type)
         prepare_process(self._device.type)
         logger.info("moves KV blocks over %s (%s)", self._kind, self._device)
@@ -46,6 +48,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 make_host=self.make_host,
                 bind_ip=bind_address(options.kv_ip),
                 staging_bytes=options.staging_bytes,
+                streams=self._streams,
                 verify=options.verify,
                 counters=self._counters,
             )
@@ -80,18 +83,20 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         source: Source = task.source
         address = source.addresses[self.context.rank]
         fetcher = self._fetchers.get(address)
-        if fetcher is None or not fetcher.alive:
+        if fetcher is None or not fetcher.load(task):
             assert self._store is not None
+            self._fetchers = {known: one for known, one in self._fetchers.items() if not one.ended}
             fetcher = self._fetchers[address] = Fetcher(
                 address,
                 self._store,
                 kind=self._kind,
                 join=self.join,
                 staging_bytes=self.context.options.staging_bytes,
+                streams=self._streams,
                 verify=self.context.options.verify,
                 counters=self._counters,
             )
-        fetcher.load(task)
+            fetcher.load(task)
 
     # ---- both
 
@@ -99,8 +104,11 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         return self._counters.take()
 
     def close(self) -> None:
-        timeout = self.context.options.close_timeout
-        if self._server is not None:
-            self._server.close(timeout)
+        deadline = time.monotonic() + self.context.options.close_timeout
+        self._offers.close()
         for fetcher in self._fetchers.values():
-            fetcher.close(timeout)
+            fetcher.stop()
+        if self._server is not None:
+            self._server.close(self.context.options.close_timeout)
+        for fetcher in self._fetchers.values():
+            fetcher.join(deadline)
