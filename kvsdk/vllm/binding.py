@@ -62,8 +62,13 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """What one worker tells the scheduler process once its KV cache is registered."""
+    """What one worker tells the scheduler process once its KV cache is registered.
 
+    Attributes:
+        connector: whose it is: vLLM's MultiConnector gives one connector's to all of them.
+    """
+
+    connector: str = ""
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -150,6 +155,8 @@ def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig,
         raise ConfigError(
             "data_parallel_size > 1 is not supported with this connector; start one server for each replica"
         )
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        raise ConfigError("sleep mode is not supported with this connector: a peer may read a KV cache that is asleep")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 is not supported with this connector")
@@ -263,8 +270,9 @@ class BoundConnector(KVConnectorBase_V1):
         event.record()
         return event
 
-    def get_handshake_metadata(self) -> Handshake:
-        return Handshake(self._half.handshake())
+    def get_handshake_metadata(self) -> Handshake | None:
+        data = self._half.handshake()
+        return Handshake(type(self).__name__, data) if data else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -314,9 +322,12 @@ class BoundConnector(KVConnectorBase_V1):
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         assert self._scheduler is not None
-        workers = [metadata[rank] for rank in sorted(metadata)]
+        workers: list[dict[str, Any]] = [{} for _ in range(self._context.world_size)]
+        for rank, worker in metadata.items():
+            if isinstance(worker, Handshake) and worker.connector == type(self).__name__:
+                workers[rank] = worker.data
         try:
-            self._scheduler.start([worker.data for worker in workers if isinstance(worker, Handshake)])
+            self._scheduler.start(workers)
         except ConfigError as error:
             logger.error("%s: %s", type(self).__name__, error)
             raise

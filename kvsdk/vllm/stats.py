@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +54,22 @@ class KVSDKPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
-            name: self._counter_cls(name=f"kvsdk_{name}", documentation=text, labelnames=labelnames)
-            for name, text in COUNTERS.items()
-        }
+        self._counters = _counters(self._counter_cls, tuple(labelnames))
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():
             if name in self._counters and value > 0:
                 self._counters[name].labels(*self.per_engine_labelvalues[engine_idx]).inc(value)
+
+
+@functools.cache
+def _counters(kind: type[Any], labelnames: tuple[str, ...]) -> dict[str, Any]:
+    """One set for the process: Prometheus takes each name once, and vLLM's MultiConnector may hold several connectors
+    of this package."""
+    return {
+        name: kind(name=f"kvsdk_{name}", documentation=text, labelnames=list(labelnames))
+        for name, text in COUNTERS.items()
+    }
 
 
 __all__ = ["COUNTERS", "KVSDKPromMetrics", "KVSDKStats"]

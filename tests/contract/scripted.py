@@ -171,4 +171,13 @@ class StoreConnector(Connector):
     worker_half = StoreWorker
 
 
+class GreetsWorker(StoreWorker):
+    def handshake(self):
+        return {"address": "somewhere"}
+
+
+class GreetsConnector(StoreConnector):
+    worker_half = GreetsWorker
+
+
 __all__ = ["ASK_AGAIN", "SCRIPT", "STORE", "ScriptedConnector", "StoreConnector", "StoreWorker", "reset"]
