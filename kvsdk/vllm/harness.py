@@ -39,6 +39,7 @@ from vllm.config import (
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator, copy_kv_blocks
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -562,7 +563,7 @@ class Engine:
         assert combined is not None
         report = combined.kv_connector_output
         if report is not None and report.kv_connector_stats is not None:
-            self.stats.update(report.kv_connector_stats.data)
+            self._count(report.kv_connector_stats.data)
         if self.audit is not None:
             self.audit.reported(report)
         return combined
@@ -574,6 +575,14 @@ class Engine:
         executed = worker.execute(output)
         self.audit.executed(worker, executed.kv_connector_output or KVConnectorOutput())
         return executed
+
+    def _count(self, stats: Mapping[str, Any]) -> None:
+        """Add up what is a number; `MultiConnector` has the statistics of each of its connectors in its own."""
+        for name, value in stats.items():
+            if isinstance(value, KVConnectorStats):
+                self._count(value.data)
+            elif isinstance(value, int | float):
+                self.stats[name] += value
 
     def _update(self) -> None:
         scheduler_output, model_output = self._in_flight.popleft()
