@@ -227,7 +227,7 @@ def decodes_and_offers(steps: int, running: int, clock: Callable[[], int]) -> St
 
 
 def decodes_and_loads(steps: int, running: int, clock: Callable[[], int]) -> tuple[Stopwatch, int]:
-    """Also returns how many loads ended well."""
+    """Also returns how many loads ended well, those included that ended after the last step measured."""
     port, num_blocks, max_tokens = free_port(), _blocks(steps, running), _max_tokens(steps)
     count = (steps + WARM_UP) // EVERY + 1
     with producer(port, num_blocks=count * (PROMPT_TOKENS // BLOCK_SIZE + 2) + 512, max_tokens=2048) as offer:
@@ -238,6 +238,12 @@ def decodes_and_loads(steps: int, running: int, clock: Callable[[], int]) -> tup
             stopwatch = measure(
                 engine, steps, running, clock, lambda i: engine.add(f"load-{i}", prompt(PROMPT_TOKENS, i))
             )
+            names = [f"load-{i}" for i in range(-(-(steps + WARM_UP) // EVERY))]
+            deadline = time.monotonic() + DEADLINE
+            while not all(name in engine.finish_reasons for name in names):
+                engine.step()
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(f"the loads have not ended after {DEADLINE:.0f} s")
             return stopwatch, int(engine.stats["loads_done"])
 
 

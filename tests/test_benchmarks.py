@@ -48,7 +48,7 @@ def test_step_measures_every_state_and_loads_what_arrives(tmp_path, capsys):
     assert list(result["steps"]) == ["4 decodes", "4 decodes, offers", "4 decodes, loads"]
     for figures in result["steps"].values():
         assert len(figures["sum_us"]) == 30 and min(figures["sum_us"]) > 0
-    assert result["loads_done"] >= 5
+    assert result["loads_done"] == 8
     assert len(result["calls"]["200"]["producer request_finished"]) == 2
     assert result["machine"]["cores"] >= 1
     assert "32 decodes" not in (printed := capsys.readouterr().out) and "4 decodes, loads: sum" in printed
