@@ -2,6 +2,7 @@
 owners of a block.
 """
 
+import collections
 import logging
 import os
 import signal
@@ -19,13 +20,17 @@ from test_pynccl import at_rest, buffer, client, decode, half, pair, prefill, pr
 from kvsdk.connector import Hit, Keep, ProducerScheduler, ProducerWorker
 from kvsdk.connector.interface import CacheGeometry, Context, RequestView
 from kvsdk.connector.lifecycle import ScheduledRequest, SchedulerLifecycle, WorkerLifecycle
-from kvsdk.connectors.pynccl import fetching
+from kvsdk.connector.tasks import LoadOrder, LoadTask
+from kvsdk.connectors.pynccl import fetching, serving
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.fetching import Fetcher
-from kvsdk.connectors.pynccl.serving import Offers
+from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.connectors.pynccl.serving import Offers, WorkerServer
+from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
-from kvsdk.errors import ConfigError, KVError, PeerGone, TaskEnded
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, TaskEnded
 from kvsdk.kernels import BlockStore
+from kvsdk.pipe.torch_pipe import TorchPipe
 
 __all__ = ["pair"]
 
@@ -378,9 +383,6 @@ def test_closing_with_many_producers_that_do_not_answer_takes_one_timeout(engine
 
 
 def _load(load_id, address, seconds):
-    from kvsdk.connector.tasks import LoadOrder, LoadTask
-    from kvsdk.connectors.pynccl.protocol import Source
-
     blocks = (np.arange(1, 3, dtype=np.int32),)
     order = LoadOrder(load_id, f"r{load_id}", blocks, 0, 32, Source((address,), "transfer"), seconds)
     return LoadTask(order, time.monotonic() + seconds)
@@ -411,8 +413,6 @@ def test_a_peer_that_falls_silent_without_a_word_is_noticed():
 
 
 def test_a_stranger_cannot_open_pairs_without_end(pair, monkeypatch):
-    from kvsdk.connectors.pynccl import serving
-
     monkeypatch.setattr(serving, "MAX_PAIRS", 2)
     p, _ = pair()
     address = worker_half(p)._server.address
@@ -473,6 +473,130 @@ def _keys(tokens):
     from kvsdk.buffer.keys import separator
 
     return prefix_keys(np.asarray(tokens, np.int32), BS, separator(cache_salt=None, lora=None, multimodal=[]))
+
+
+@pytest.mark.parametrize("where", ["reading", "receiving", "opening", "connecting"])
+def test_an_exception_in_a_thread_reaches_the_request_and_the_log(pair, monkeypatch, caplog, where):
+    """On either side. The request is computed, the thread or its successor goes on."""
+    owner, name = {
+        "reading": (WorkerServer, "_read"),
+        "receiving": (Fetcher, "_fetch"),
+        "opening": (PyNcclWorker, "make_host"),
+        "connecting": (PyNcclWorker, "join"),
+    }[where]
+    whole, times = getattr(owner, name), [1]
+
+    def broken(*args):
+        if times:
+            times.pop()
+            raise RuntimeError("on purpose")
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, broken)
+    p, d = pair()
+    prefill(p, "a", prompt(100))
+    with caplog.at_level(logging.WARNING):
+        assert decode(d, "b", prompt(100), others=[p]) == 0
+    assert not times and d.stats["loads_failed"] == 1
+    assert any(record.exc_info and "on purpose" in str(record.exc_info[1]) for record in caplog.records)
+    assert any("request b" in record.getMessage() for record in caplog.records)
+    prefill(p, "a2", prompt(60, 3))
+    assert decode(d, "b2", prompt(60, 3), others=[p]) == 59
+    at_rest(p, d)
+
+
+def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
+    sent = collections.Counter()
+    control, data = Channel.send, TorchPipe.send
+
+    def count_control(self, kind, **fields):
+        sent[kind] += 1
+        control(self, kind, **fields)
+
+    def count_data(self, tensor, deadline):
+        sent["tensor"] += 1
+        data(self, tensor, deadline)
+
+    monkeypatch.setattr(Channel, "send", count_control)
+    monkeypatch.setattr(TorchPipe, "send", count_data)
+    counts = []
+    for layers, tokens in ((1, 20), (7, 600)):
+        p, d = pair(layers=layers)
+        prefill(p, "a", prompt(tokens))
+        assert decode(d, "b", prompt(tokens), others=[p]) == tokens - 1
+        counts.append(dict(sent))
+        sent.clear()
+        at_rest(p, d)
+    assert counts[0] == counts[1] == {"open": 1, "read": 1, "chunk": 1, "tensor": 1}
+
+
+def test_two_servers_load_from_each_other_at_the_same_time(engine):
+    ports = [free_port(), free_port()]
+    servers = [
+        engine("PyNcclConnector", role="kv_both", extra={"kv_port": port, "producers": [f"127.0.0.1:{other}"]})
+        for port, other in (ports, ports[::-1])
+    ]
+    assert all(client(server).wait_ready(5.0) for server in servers)
+    for i, server in enumerate(servers):
+        prefill(server, "a", prompt(80, i))
+    for i, server in enumerate(servers):
+        server.add("b", prompt(80, 1 - i), max_tokens=4)
+    run_all(*servers, until=lambda: all("b" in server.finish_reasons for server in servers))
+    for i, server in enumerate(servers):
+        assert server.outputs["b"] == server.expected(prompt(80, 1 - i), 4) and server.hits["b"][0] == 79
+    for server in servers:
+        buffer(server).evict_all_unclaimed()
+    at_rest(*servers)
+
+
+def test_a_read_of_more_blocks_than_the_offer_has_is_an_error(pair):
+    p, d = pair()
+    prefill(p, "a", prompt(100))
+    p.step()
+    block_ids = np.arange(1, 9, dtype=np.int32)  # the offer has 7
+    order = LoadOrder(1, "b", (block_ids,), 0, 128, Source((worker_half(p)._server.address,), offer_id(p)), 5.0)
+    task = LoadTask(order, time.monotonic() + 5)
+    worker_half(d).load(task)
+    run_all(p, until=lambda: task.ended, seconds=5)
+    assert "7 blocks" in str(task.error) and task.invalid_blocks.tolist() == block_ids.tolist()
+    assert decode(d, "c", prompt(100), others=[p]) == 99, "the pair is of no use any more"
+    at_rest(p, d)
+
+
+def offer_id(engine):
+    (transfer_id,) = worker_half(engine)._offers._offers
+    return transfer_id
+
+
+def test_unequal_tensor_parallel_sizes_are_refused_by_name(pair, caplog):
+    with caplog.at_level(logging.WARNING):
+        p, d = pair(prefill={"world_size": 2}, wait=False)
+        deadline = time.monotonic() + 5
+        while not any(state.state == "refused" for state in client(d).peers().values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "parallel.world_size" in caplog.text
+    assert decode(d, "b", prompt(50)) == 0
+    at_rest(p, d)
+
+
+def test_a_small_load_does_not_wait_for_one_from_a_producer_that_hangs(engine):
+    """Each producer has a thread of its own, and what hangs ends at its deadline."""
+    port = free_port()
+    p = engine("PyNcclConnector", role="kv_producer", extra={"kv_port": port})
+    d = engine("PyNcclConnector", role="kv_consumer", extra={"kv_port": port})
+    assert client(d).wait_ready(5.0)
+    silent = Channel(bind_ip="127.0.0.1")
+    try:
+        stuck = _load(7, silent.address, seconds=1.0)
+        worker_half(d).load(stuck)
+        prefill(p, "a", prompt(50))
+        assert decode(d, "b", prompt(50), others=[p]) == 49
+        run_all(p, d, until=lambda: stuck.ended, seconds=5)
+        assert isinstance(stuck.error, DeadlineExceeded)
+    finally:
+        silent.close()
+    at_rest(p, d)
 
 
 # ---- beside other connectors
