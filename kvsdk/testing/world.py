@@ -1,0 +1,491 @@
+"""Engines with a connector under test, one clock, and a history of everything that was done to them.
+
+Each engine is vLLM's real scheduler and block manager around a stand-in for the model (`kvsdk.vllm.harness`). What a
+test does goes through `World`'s operations, which check every promise afterwards and write themselves down: a failure
+carries its history as a test that can be pasted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvsdk.connector import Consumer, Producer
+from kvsdk.testing.capabilities import Capabilities
+from kvsdk.testing.in_process import Network
+
+if TYPE_CHECKING:
+    from kvsdk.vllm.harness import Engine
+
+HANDOVER = ("kv_producer", "kv_consumer")
+BOTH = ("kv_both", "kv_both")
+
+ENGINE = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 6, "max_model_len": 256}
+"""Small blocks and steps: prompts of a few dozen tokens have several blocks and are computed in chunks."""
+
+DEADLINES = {"lease": 30.0, "lookup_timeout": 1.0, "load_timeout": 30.0}
+
+
+class NeverEnds(AssertionError):
+    """Something waits past every deadline."""
+
+
+class WrongAnswer(AssertionError):
+    """A request ended with other tokens than one server alone would have given."""
+
+
+class Clock:
+    """Seconds that pass when a test says so; on top of real ones for connectors with threads of their own."""
+
+    def __init__(self, *, real: bool):
+        self._real, self._offset = real, 0.0 if real else 1000.0
+
+    def __call__(self) -> float:
+        return self._offset + (time.monotonic() if self._real else 0.0)
+
+    def advance(self, seconds: float) -> None:
+        self._offset += seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which engine options are asked for.
+
+    Attributes:
+        index: of this engine in the world.
+        role: its `kv_role`.
+        roles: those of all engines, by index.
+        ports: a free TCP port for each engine; a restarted engine has the same one again.
+        folder: an empty folder that all engines of the world share.
+    """
+
+    index: int
+    role: str
+    roles: tuple[str, ...]
+    ports: tuple[int, ...]
+    folder: str
+
+    @property
+    def producer_ports(self) -> list[int]:
+        """Ports of the other engines that produce."""
+        pairs = enumerate(zip(self.ports, self.roles, strict=True))
+        return [port for i, (port, role) in pairs if role != "kv_consumer" and i != self.index]
+
+
+Options = Mapping[str, Any] | Callable[[Place], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A connector under test.
+
+    Attributes:
+        connector: a class of the author's (`kvsdk.connector.Connector` and the like), `module:Class`, a registered
+            name, or a class that vLLM could load (of `KVConnectorBase_V1`).
+        options: its `kv_connector_extra_config`; may depend on the engine.
+        capabilities: what is declared, and therefore tested.
+        ready: waits until these engines have found each other, where that takes time.
+    """
+
+    connector: str | type
+    capabilities: Capabilities = Capabilities()
+    options: Options = dataclasses.field(default_factory=dict)
+    ready: Callable[[Sequence[Engine]], None] | None = None
+
+    @property
+    def name(self) -> str:
+        if isinstance(self.connector, str):
+            return self.connector
+        return f"{self.connector.__module__}:{self.connector.__qualname__}"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is bound to vLLM by kvsdk, rather than vLLM's own kind of class."""
+        return isinstance(self.connector, str) or issubclass(self.connector, (Producer, Consumer))
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether its messages are in a test's hands (`Network`), and nothing runs in threads."""
+        kind = self.connector
+        if isinstance(kind, str):
+            return kind.startswith("kvsdk.testing.in_process:")
+        return "network" in getattr(kind, "option_names", ()) or getattr(kind, "by_hand", False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The usual pair of engines."""
+        return HANDOVER if self.capabilities.keeps else BOTH
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt in few numbers: `length` tokens, of which the first `shared` are those of every family.
+
+    Attributes:
+        salt: vLLM's cache salt.
+    """
+
+    length: int
+    family: int = 1
+    shared: int = 0
+    salt: str | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        shared = min(self.shared, self.length)
+        return [*_sequence(0)[:shared], *_sequence(self.family)[: self.length - shared]]
+
+
+@functools.cache
+def _sequence(family: int) -> list[int]:
+    return np.random.default_rng(family).integers(1, 900, 512).tolist()
+
+
+@dataclasses.dataclass
+class _Sent:
+    engine: int
+    prompt: Prompt
+    max_tokens: int
+    incarnation: int
+    checked: bool = False
+
+
+class World:
+    """Engines with the connector under test.
+
+    Args:
+        roles: the engines' `kv_role`s; the subject's usual pair unless given.
+        policy: vLLM's `kv_load_failure_policy`.
+        options: more options for every engine's connector.
+        engine: arguments of `kvsdk.vllm.harness.Engine`, over `ENGINE`.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        roles: Sequence[str] | None = None,
+        *,
+        policy: str = "recompute",
+        options: Mapping[str, Any] | None = None,
+        **engine: Any,
+    ):
+        self.subject, self.policy = subject, policy
+        self.roles = tuple(roles or subject.roles)
+        self.network = Network()
+        self.by_hand = subject.by_hand
+        self.clock = Clock(real=not subject.by_hand)
+        self.deliver_at_once = True
+        self.history: list[tuple[Any, ...]] = []
+        self.sent: list[_Sent] = []
+        self.incarnations = [0] * len(self.roles)
+        self._more, self._engine_options = dict(options or {}), engine
+        self._folder = tempfile.TemporaryDirectory(prefix="kvsdk-world-", ignore_cleanup_errors=True)
+        self._ports = tuple(_free_ports(len(self.roles))) if callable(subject.options) else (0,) * len(self.roles)
+        self.engines: list[Engine] = []
+        try:
+            for index in range(len(self.roles)):
+                self.engines.append(self._make(index))
+            self._wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self, index: int) -> Engine:
+        from kvsdk.vllm.harness import Engine
+
+        subject, role = self.subject, self.roles[index]
+        if callable(subject.options):
+            extra = dict(subject.options(Place(index, role, self.roles, self._ports, self._folder.name)))
+        else:
+            extra = dict(subject.options)
+        if self.by_hand:
+            extra["network"] = self.network.name
+        if subject.ours:
+            extra = {**DEADLINES, **extra, **self._more}
+            where = {"kv_connector": subject.name, "kv_connector_module_path": "kvsdk.vllm.connectors"}
+        else:
+            assert isinstance(subject.connector, type)
+            extra |= self._more
+            where = {
+                "kv_connector": subject.connector.__name__,
+                "kv_connector_module_path": subject.connector.__module__,
+            }
+        config = where | {
+            "kv_role": role,
+            "kv_load_failure_policy": self.policy,
+            "kv_connector_extra_config": extra,
+        }
+        return Engine(config, clock=self.clock, audit=True, **{**ENGINE, **self._engine_options})
+
+    def _wait_ready(self) -> None:
+        if self.subject.ready is not None:
+            self.subject.ready(self.engines)
+
+    # ---- operations: each is written into the history, and followed by `check`
+
+    @contextlib.contextmanager
+    def _operation(self, *entry: Any) -> Iterator[None]:
+        self.history.append(entry)
+        try:
+            yield
+            self.check()
+        except Exception as error:
+            self.note(error)
+            raise
+
+    def note(self, error: Exception) -> None:
+        """Add the history to an error, once."""
+        if not any("def test_" in note for note in getattr(error, "__notes__", ())):
+            error.add_note(self.as_test())
+
+    def add(
+        self,
+        engine: int,
+        prompt: Prompt | int,
+        max_tokens: int = 1,
+        *,
+        after: int | None = None,
+    ) -> int:
+        """Send a request; returns its number.
+
+        Args:
+            prompt: or its length.
+            after: the number of a request whose answer's `kv_transfer_params` go along, as a proxy would pass them on.
+        """
+        prompt = Prompt(prompt) if isinstance(prompt, int) else prompt
+        number = len(self.sent)
+        with self._operation("add", engine, prompt, max_tokens, *([after] if after is not None else [])):
+            params = None
+            if after is not None:
+                params = self.engines[self.sent[after].engine].params.get(self.name(after))
+            elif self.subject.capabilities.finds_by_params and self.roles[engine] == "kv_producer":
+                params = {"do_remote_decode": True}
+            self.sent.append(_Sent(engine, prompt, max_tokens, self.incarnations[engine]))
+            self.engines[engine].add(
+                self.name(number), prompt.tokens, max_tokens=max_tokens, salt=prompt.salt, params=params
+            )
+        return number
+
+    def step(self, engine: int, gap: int = 0) -> None:
+        """One step of an engine.
+
+        Args:
+            gap: messages that arrive between the scheduler's decision and its execution by the workers.
+        """
+        with self._operation("step", engine, *([gap] if gap else [])):
+            self._step(engine, gap)
+
+    def _step(self, engine: int, gap: int = 0) -> None:
+        one = self.engines[engine]
+        if gap:
+            one.between = lambda: [self.network.deliver() for _ in range(gap)]
+        one.step()
+        one.between = None
+        if self.deliver_at_once:
+            self.network.deliver_all()
+        if not self.by_hand:
+            time.sleep(0.0002)  # the connector's threads have something to do
+
+    def abort(self, number: int) -> None:
+        """A client goes away."""
+        with self._operation("abort", number):
+            if self._alive(number) and self.name(number) not in self._engine(number).finish_reasons:
+                self._engine(number).abort(self.name(number))
+
+    def advance(self, seconds: float) -> None:
+        """Time passes."""
+        with self._operation("advance", seconds):
+            self.clock.advance(seconds)
+
+    def restart(self, engine: int) -> None:
+        """An engine dies where it stands, and another takes its place; its requests are gone."""
+        with self._operation("restart", engine):
+            self.engines[engine].kill()
+            self.incarnations[engine] += 1
+            self.engines[engine] = self._make(engine)
+
+    def reset(self, engine: int) -> None:
+        """vLLM's `reset_prefix_cache(reset_connector=True)`."""
+        with self._operation("reset", engine):
+            self.engines[engine].reset()
+
+    def message(self, what: str, index: int = 0) -> None:
+        """`deliver`, `drop`, `duplicate`, `postpone` or `corrupt` the message at `index`; `deliver_all`."""
+        with self._operation("message", what, *([index] if index else [])):
+            if what == "deliver_all":
+                self.network.deliver_all()
+            else:
+                getattr(self.network, what)(index)
+
+    def play(self, history: Sequence[tuple[Any, ...]]) -> None:
+        """Carry out operations as `history` holds them."""
+        for operation, *args in history:
+            if operation == "add" and len(args) > 3:
+                self.add(*args[:3], after=args[3])
+            else:
+                getattr(self, operation)(*args)
+
+    # ---- what must hold
+
+    def name(self, number: int) -> str:
+        """vLLM's request id: never the same on two engines for one prompt."""
+        return f"cmpl-{number}-of-{self.sent[number].engine}"
+
+    def _engine(self, number: int) -> Engine:
+        return self.engines[self.sent[number].engine]
+
+    def _alive(self, number: int) -> bool:
+        sent = self.sent[number]
+        return sent.incarnation == self.incarnations[sent.engine]
+
+    def ended(self, number: int) -> bool:
+        return not self._alive(number) or self.name(number) in self._engine(number).finish_reasons
+
+    def answer(self, number: int) -> list[int]:
+        return self._engine(number).outputs[self.name(number)]
+
+    def reason(self, number: int) -> str:
+        return self._engine(number).finish_reasons[self.name(number)]
+
+    def cached(self, number: int) -> int:
+        """Tokens of the prompt that its engine did not compute: loaded, or in its own prefix cache."""
+        return self._engine(number).hits[self.name(number)][0]
+
+    def stats(self, name: str, engine: int | None = None) -> float:
+        """A counter of the connector's workers, of one engine or of all."""
+        chosen = self.engines if engine is None else [self.engines[engine]]
+        return sum(one.stats[name] for one in chosen)
+
+    def check(self) -> None:
+        """Every request that has ended was answered as one server alone would have."""
+        for number, sent in enumerate(self.sent):
+            if sent.checked or not self._alive(number) or not self.ended(number):
+                continue
+            sent.checked = True
+            reason, answer = self.reason(number), self.answer(number)
+            expected = self._engine(number).expected(sent.prompt.tokens, sent.max_tokens, sent.prompt.salt)
+            if reason == "error" and self.policy == "fail":
+                continue
+            if reason == "abort" and answer == expected[: len(answer)]:
+                continue
+            if reason != "length" or answer != expected:
+                raise WrongAnswer(f"request {number} ended by {reason} with {answer}, not {expected}")
+
+    def _progress(self) -> tuple[Any, ...]:
+        return (
+            sum(self.network.counters.values()),
+            *(
+                (
+                    len(one.finish_reasons),
+                    sum(map(len, one.outputs.values())),
+                    sum(request.num_computed_tokens for request in one.scheduler.requests.values()),
+                    one.num_free_blocks,
+                )
+                for one in self.engines
+            ),
+        )
+
+    def run(self, *numbers: int, patience: float = 70.0) -> None:
+        """Step all engines until these requests have ended.
+
+        Raises:
+            NeverEnds: they had not, after `patience` seconds of the world's clock in which nothing moved.
+        """
+        with self._operation("run", *numbers):
+            self._run(lambda: all(map(self.ended, numbers)), patience)
+
+    def _run(self, until: Callable[[], bool], patience: float) -> None:
+        last, still, waited = None, 0, 0.0
+        moved = began = time.monotonic()
+        while True:
+            for engine in range(len(self.engines)):
+                self._step(engine)
+            self.check()
+            if until():
+                return
+            now = self._progress()
+            if now != last:
+                last, still, waited, moved = now, 0, 0.0, time.monotonic()
+                began = moved
+                continue
+            still += 1
+            if self.by_hand and still > 4:
+                self.clock.advance(0.5)
+                waited += 0.5
+            elif not self.by_hand and time.monotonic() - moved > 0.5:
+                self.clock.advance(0.5)
+                waited += 0.5
+                time.sleep(0.001)
+            if waited > patience or time.monotonic() - began > 60:
+                waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
+                raise NeverEnds(
+                    f"after {patience} s of silence requests {waiting} wait; engines hold "
+                    f"{[one.num_blocks - 1 - one.num_free_blocks for one in self.engines]} blocks"
+                )
+
+    def settle(self, patience: float = 70.0) -> None:
+        """Deliver everything, let every deadline pass that something waits for, and check that nothing is left.
+
+        Raises:
+            NeverEnds: a request, a block or a hold waits past every deadline.
+        """
+        try:
+            self._run(lambda: not self.network.pending and all(one.at_rest for one in self.engines), patience)
+            for one in self.engines:
+                one.check_at_rest()
+        except Exception as error:
+            self.note(error)
+            raise
+
+    def close(self) -> None:
+        """Close every engine. Twice is fine."""
+        for one in self.engines:
+            one.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self.close()
+
+    def as_test(self) -> str:
+        """The history so far as the source of a test."""
+        arguments = [f"roles={self.roles!r}"]
+        if self.policy != "recompute":
+            arguments.append(f"policy={self.policy!r}")
+        if self._more:
+            arguments.append(f"options={self._more!r}")
+        arguments += [f"{name}={value!r}" for name, value in self._engine_options.items()]
+        lines = "".join(f"            {entry!r},\n" for entry in self.history)
+        return (
+            "from kvsdk.testing import Prompt, Subject, replay\n\n\n"
+            "def test_found_by_the_state_machine():\n"
+            f"    replay(\n        Subject({self.subject.name!r}, ...),  # capabilities and options as in your suite\n"
+            f"        [\n{lines}        ],\n        {', '.join(arguments)},\n    )\n"
+        )
+
+
+def replay(subject: Subject, history: Sequence[tuple[Any, ...]], **world: Any) -> None:
+    """Play a history again, then let everything come to rest. Raises what it raised when it was found."""
+    with World(subject, **world) as one:
+        one.deliver_at_once = False
+        one.play(history)
+        one.deliver_at_once = True
+
+
+def _free_ports(count: int) -> list[int]:
+    from kvsdk.demo.servers import free_port
+
+    return [free_port() for _ in range(count)]
