@@ -285,6 +285,8 @@ class Worker:
         batch = []
         for request_id, count in output.num_scheduled_tokens.items():
             running, start = self._requests[request_id], computed[request_id]
+            if start < 0:
+                raise WrongBytes(f"request {request_id} is to be computed from position {start} on")
             self._extend(request_id, running)
             batch.append(_Scheduled(request_id, running, start, start + count, *self._slots(running, start + count)))
         return batch
@@ -558,7 +560,7 @@ class Engine:
     def _execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         if self.audit is not None:
             self.audit.check_pool()
-        outputs = [self._execute_on(worker, output) for worker in self.workers]
+        outputs = [self._execute_on(worker, self._sent(output)) for worker in self.workers]
         combined = self._aggregator.aggregate(outputs, 0) if len(outputs) > 1 else outputs[0]
         assert combined is not None
         report = combined.kv_connector_output
@@ -575,6 +577,12 @@ class Engine:
         executed = worker.execute(output)
         self.audit.executed(worker, executed.kv_connector_output or KVConnectorOutput())
         return executed
+
+    def _sent(self, output: SchedulerOutput) -> SchedulerOutput:
+        """As one of several workers gets it: with metadata of its own, since vLLM pickles it for them."""
+        if len(self.workers) == 1:
+            return output
+        return dataclasses.replace(output, kv_connector_metadata=copy.deepcopy(output.kv_connector_metadata))
 
     def _count(self, stats: Mapping[str, Any]) -> None:
         """Add up what is a number; `MultiConnector` has the statistics of each of its connectors in its own."""
