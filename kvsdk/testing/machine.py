@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kvsdk.testing.world import BOTH, HANDOVER, Prompt, Subject, World
 
-EXAMPLES = 40
+EXAMPLES = 120
 """Histories that `check_histories` tries unless told otherwise."""
 
 STEPS = 40
@@ -32,6 +32,7 @@ class ConnectorMachine(RuleBasedStateMachine):
     subject: Subject
     world: World | None = None
     count = 0
+    failed = False
 
     @initialize(
         third=st.booleans(),
@@ -54,7 +55,10 @@ class ConnectorMachine(RuleBasedStateMachine):
     def _do(self, operation: str, *args: Any, **more: Any) -> Any:
         assert self.world is not None
         type(self).count += 1
-        return getattr(self.world, operation)(*args, **more)
+        self.failed = True
+        answer = getattr(self.world, operation)(*args, **more)
+        self.failed = False
+        return answer
 
     def _engine(self, number: int) -> int:
         assert self.world is not None
@@ -129,6 +133,8 @@ class ConnectorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world is not None and self.world.network.pending)
     @rule(what=st.sampled_from(["deliver", "deliver", "deliver_all", "drop", "duplicate", "postpone"]), index=_some)
     def message(self, what: str, index: int) -> None:
+        if what in ("drop", "duplicate") and not self.subject.capabilities.lossy:
+            what = "deliver"
         self._do("message", what, index)
 
     @precondition(
@@ -142,7 +148,7 @@ class ConnectorMachine(RuleBasedStateMachine):
         if self.world is None:
             return
         try:
-            if not getattr(self, "_failed", False):
+            if not self.failed:
                 self.world.deliver_at_once = True
                 self.world.settle()
         finally:

@@ -95,7 +95,7 @@ class Subject:
     """
 
     connector: str | type
-    capabilities: Capabilities = Capabilities()
+    capabilities: Capabilities
     options: Options = dataclasses.field(default_factory=dict)
     ready: Callable[[Sequence[Engine]], None] | None = None
 
@@ -402,7 +402,7 @@ class World:
             self._run(lambda: all(map(self.ended, numbers)), patience)
 
     def _run(self, until: Callable[[], bool], patience: float) -> None:
-        last, still, waited = None, 0, 0.0
+        last, still, waited, rounds = None, 0, 0.0, 0
         moved = began = time.monotonic()
         while True:
             for engine in range(len(self.engines)):
@@ -410,10 +410,13 @@ class World:
             self.check()
             if until():
                 return
+            rounds += 1
+            if rounds > 5000 if self.by_hand else time.monotonic() - began > 60:
+                waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
+                raise NeverEnds(f"requests {waiting} go round and round: engines are busy and nothing ends")
             now = self._progress()
             if now != last:
                 last, still, waited, moved = now, 0, 0.0, time.monotonic()
-                began = moved
                 continue
             still += 1
             if self.by_hand and still > 4:
@@ -423,7 +426,7 @@ class World:
                 self.clock.advance(0.5)
                 waited += 0.5
                 time.sleep(0.001)
-            if waited > patience or time.monotonic() - began > 60:
+            if waited > patience:
                 waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
                 raise NeverEnds(
                     f"after {patience} s of silence requests {waiting} wait; engines hold "

@@ -1,0 +1,614 @@
+"""The conformance suite. An author's whole test file is a connector, its capabilities and one import:
+
+    import shelf
+    from kvsdk.testing import Capabilities
+    from kvsdk.testing.suite import *
+
+    connector = shelf.ShelfConnector
+    capabilities = Capabilities(saves=True, finds_by_prompt=True, partial_tail=True, restores=True)
+
+Two more names are optional: `options`, its `kv_connector_extra_config`, or a function of a `kvsdk.testing.Place` that
+returns it; and `ready(engines)`, which waits until they have found each other.
+
+The star import brings the `Test...` classes; the `Base...` classes beneath them are not collected until an author
+subclasses one, to change or leave out a test by name.
+
+**Tiers.** Classes marked `required` must pass for every connector that loads and that keeps or saves, as far as its
+capabilities say; those marked `optional` test what a connector need not be able to do, and are skipped with the
+capability's sentence unless it is declared. A test that needs the messages in its hands (`Network`) is skipped for
+connectors that have their own.
+
+**When required tests are added.** Only in minor releases, never in a patch: a test file that is green stays green
+within a minor release. A new required test is first an optional one for one minor release, and the changelog names it.
+
+Tests that fail print the history that led there as a test that can be pasted. A seed of `random` decides about prompts
+and histories; it is printed, and with pytest-randomly it is that of the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvsdk.testing.capabilities import Capabilities
+from kvsdk.testing.world import BOTH, ENGINE, HANDOVER, Prompt, Subject, World
+
+BLOCK = ENGINE["block_size"]
+
+
+@pytest.fixture
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """The connector under test, from the names of the test's module."""
+    module = request.module
+    return Subject(
+        module.connector,
+        module.capabilities,
+        options=getattr(module, "options", {}),
+        ready=getattr(module, "ready", None),
+    )
+
+
+@pytest.fixture
+def seed() -> int:
+    """Decides about prompts and histories."""
+    value = random.randrange(1 << 31)
+    print(f"seed {value}")
+    return value
+
+
+def needs(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Skip a test unless the subject declares these capabilities; `by_hand` stands for messages in a test's hands."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def gated(self: Any, subject: Subject, *args: Any, **more: Any) -> None:
+            for name in names:
+                if name == "by_hand" and not subject.by_hand:
+                    pytest.skip("its messages are not in a test's hands")
+                if name != "by_hand" and not getattr(subject.capabilities, name):
+                    pytest.skip(f"{name} is not declared: {Capabilities.sentences()[name]}")
+            test(self, subject, *args, **more)
+
+        return gated
+
+    return decorate
+
+
+def required(cls: type) -> type:
+    cls.tier = "required"  # type: ignore[attr-defined]
+    return cls
+
+
+def optional(cls: type) -> type:
+    cls.tier = "optional"  # type: ignore[attr-defined]
+    return cls
+
+
+def prefill(world: World, prompt: Prompt) -> int:
+    """Have engine 0 compute a prompt, until others can load it; returns the request's number."""
+    number = world.add(0, prompt)
+    world.run(number)
+    if not world.subject.capabilities.keeps:
+        world.settle()
+    return number
+
+
+def decode(world: World, prompt: Prompt, after: int | None = None, *, engine: int = 1, max_tokens: int = 4) -> int:
+    """Have another engine answer a prompt; returns the request's number. `after` is the prefill's."""
+    by_prompt = world.subject.capabilities.finds_by_prompt
+    number = world.add(engine, prompt, max_tokens, after=None if by_prompt else after)
+    world.run(number)
+    return number
+
+
+def check_loaded(world: World, number: int, tokens: int) -> None:
+    """At least the whole blocks of `tokens` were not computed; with `partial_tail`, all but the last token."""
+    length = world.sent[number].prompt.length
+    whole = min(tokens, length - 1)
+    least = whole if world.subject.capabilities.partial_tail else whole // BLOCK * BLOCK
+    assert world.cached(number) >= least, (
+        f"{world.cached(number)} of {tokens} tokens were loaded for a prompt of {length}"
+    )
+    for end in ("loads_expired", "saves_expired", "loads_failed", "saves_failed"):
+        assert not world.stats(end), f"{world.stats(end):.0f} {end.replace('_', ' ')} although nothing went wrong"
+
+
+def prompts(seed: int, count: int, longest: int = 40) -> list[Prompt]:
+    rng = random.Random(seed)
+    return [
+        Prompt(rng.randint(2, longest), rng.randint(1, 3), rng.choice([0, 0, BLOCK, 10]), rng.choice([None, None, "a"]))
+        for _ in range(count)
+    ]
+
+
+@required
+class BaseAnswers:
+    """Whatever is loaded, the answers are those of one server alone, and nothing is left behind."""
+
+    @pytest.mark.parametrize("length", [2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 10 * BLOCK + 2])
+    def test_a_prompt_is_loaded_whole(self, subject: Subject, seed: int, length: int) -> None:
+        with World(subject) as world:
+            prompt = Prompt(length, family=1 + seed % 9)
+            check_loaded(world, decode(world, prompt, prefill(world, prompt)), length)
+
+    def test_a_prompt_of_one_token_is_answered(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            prompt = Prompt(1, family=1 + seed % 9)
+            decode(world, prompt, prefill(world, prompt))
+
+    @pytest.mark.parametrize("runner", [1, 2])
+    @pytest.mark.parametrize("in_flight", [1, 2])
+    def test_many_at_once(self, subject: Subject, seed: int, in_flight: int, runner: int) -> None:
+        many(subject, seed, async_scheduling=in_flight == 2, model_runner=runner)
+
+    @pytest.mark.parametrize("runner", [1, 2])
+    @pytest.mark.parametrize("in_flight", [1, 2])
+    def test_pools_so_small_that_vllm_preempts(self, subject: Subject, seed: int, in_flight: int, runner: int) -> None:
+        many(subject, seed, num_blocks=18, async_scheduling=in_flight == 2, model_runner=runner)
+
+    def test_without_vllms_own_prefix_cache(self, subject: Subject, seed: int) -> None:
+        many(subject, seed, prefix_caching=False)
+
+
+def many(subject: Subject, seed: int, **engine: Any) -> None:
+    """A dozen prompts with shared beginnings, prefilled on one engine and decoded on another, several at a time."""
+    with World(subject, **engine) as world:
+        for batch in (prompts(seed, 6), prompts(seed + 1, 6)):
+            first = [world.add(0, prompt) for prompt in batch]
+            world.run(*first)
+            by_prompt = subject.capabilities.finds_by_prompt
+            second = [
+                world.add(1, prompt, 12, after=None if by_prompt else number)
+                for number, prompt in zip(first, batch, strict=True)
+            ]
+            world.run(*second)
+
+
+@required
+class BaseMatching:
+    """What is found for a prompt is this prompt's, and the answer stands."""
+
+    @needs("finds_by_prompt")
+    def test_another_salt_is_another_prompt(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            prefill(world, Prompt(22, family, salt="one"))
+            other = decode(world, Prompt(22, family, salt="two"))
+            assert world.cached(other) == 0, "KV of one salt was loaded for another"
+            check_loaded(world, decode(world, Prompt(22, family, salt="one")), 22)
+
+    @needs("finds_by_prompt", "shared_prefixes")
+    def test_a_shared_beginning_and_no_more_is_loaded(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            prefill(world, Prompt(30, family, shared=3 * BLOCK))
+            other = decode(world, Prompt(30, family + 1, shared=3 * BLOCK))
+            assert world.cached(other) <= 3 * BLOCK
+            check_loaded(world, other, 3 * BLOCK)
+
+    def test_what_an_engine_has_itself_is_left_alone(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            world.run(world.add(1, Prompt(2 * BLOCK, family)))
+            prompt = Prompt(9 * BLOCK + 1, family)
+            check_loaded(world, decode(world, prompt, prefill(world, prompt)), 9 * BLOCK + 1)
+
+    def test_a_request_that_waits_for_blocks_gets_the_same_answer_each_time(self, subject: Subject, seed: int) -> None:
+        with World(subject, num_blocks=18) as world:
+            prompt = Prompt(40, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            world.add(1, Prompt(45, family=11), 15)
+            for _ in range(4):
+                world.step(1)
+            engine = world.engines[1]
+            answers: list[int] = []
+            ask = engine.connector.get_num_new_matched_tokens
+
+            def listen(*args: Any, **more: Any) -> Any:
+                answer = ask(*args, **more)
+                if answer[0] is not None:
+                    answers.append(answer[0])
+                return answer
+
+            engine.connector.get_num_new_matched_tokens = listen
+            decode(world, prompt, number)
+            settled = [answer for answer in answers if answer]
+            assert len(set(settled)) <= 1, f"while it waited for blocks its lookups answered {answers}"
+
+
+@required
+class BaseAborts:
+    """A client that goes away leaves nothing behind, and nothing half computed."""
+
+    @pytest.mark.parametrize("after", range(8))
+    def test_a_request_is_aborted_after_any_step(self, subject: Subject, seed: int, after: int) -> None:
+        for in_flight in (False, True):
+            with World(subject, async_scheduling=in_flight) as world:
+                world.deliver_at_once = after % 2 == 0
+                prompt = Prompt(40, family=1 + seed % 9)
+                first = world.add(0, prompt)
+                for _ in range(4):
+                    world.step(0)
+                world.message("deliver_all")
+                second = world.add(1, prompt, 6, after=None if subject.capabilities.finds_by_prompt else first)
+                for _ in range(after):
+                    world.step(0)
+                    world.step(1)
+                world.abort(second)
+                world.step(1)
+                world.deliver_at_once = True
+
+    def test_an_aborted_prompt_is_never_loaded(self, subject: Subject, seed: int) -> None:
+        for steps in range(1, 4):
+            with World(subject) as world:
+                prompt = Prompt(60, family=1 + seed % 9)
+                first = world.add(0, prompt, 4)
+                for _ in range(steps):
+                    world.step(0)
+                world.abort(first)
+                for _ in range(3):
+                    world.step(0)
+                decode(world, prompt, first)
+
+
+@required
+class BaseBlocks:
+    """Blocks that others read stay as they are; blocks that nobody reads go back."""
+
+    @needs("keeps", "leases")
+    def test_kept_blocks_go_back_when_the_lease_is_over(self, subject: Subject, seed: int) -> None:
+        with World(subject, options={"lease": 480.0} if subject.ours else None) as world:
+            free = world.engines[0].num_free_blocks
+            prefill(world, Prompt(40, family=1 + seed % 9))
+            world.step(0)
+            assert world.engines[0].num_free_blocks < free, "nothing is kept"
+            world.advance(481.0)
+            for _ in range(100):
+                world.step(0)
+                if world.engines[0].num_free_blocks == free:
+                    break
+                time.sleep(0 if world.by_hand else 0.01)
+            assert world.engines[0].num_free_blocks == free, "a lease of 480 s is over and blocks are not back"
+
+    @needs("keeps", "yields")
+    def test_unread_blocks_yield_to_new_requests(self, subject: Subject, seed: int) -> None:
+        with World(subject, num_blocks=24) as world:
+            for i in range(6):
+                number = world.add(0, Prompt(40, family=1 + (seed + i) % 97))
+                world.run(number, patience=3.0)
+
+    @needs("keeps", "yields", "by_hand")
+    def test_blocks_that_are_being_read_do_not_yield(self, subject: Subject, seed: int) -> None:
+        with World(subject, num_blocks=24) as world:
+            prompt = Prompt(60, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            world.deliver_at_once = False
+            reader = world.add(1, prompt, 4, after=None if subject.capabilities.finds_by_prompt else number)
+            for _ in range(3):  # the lookup is answered, the load granted; its messages are under way
+                world.step(1)
+                world.message("deliver")
+                world.message("deliver")
+            world.add(0, Prompt(60, family=20))
+            for _ in range(6):
+                world.step(0)
+            world.deliver_at_once = True
+            world.run(reader)
+            check_loaded(world, reader, 60)
+
+    @needs("by_hand")
+    def test_blocks_stay_until_they_were_read(self, subject: Subject, seed: int) -> None:
+        with World(subject, num_blocks=24, prefix_caching=False) as world:
+            prompt = Prompt(40, family=1 + seed % 9)
+            world.deliver_at_once = False
+            first = world.add(0, prompt)
+            for _ in range(6):
+                world.step(0)
+            second = world.add(1, prompt, 2, after=None if subject.capabilities.finds_by_prompt else first)
+            for i in range(4):
+                world.add(0, Prompt(40, family=20 + i), 2)
+            for i in range(40):
+                world.step(0)
+                if i % 3 == 0:
+                    world.step(1)
+                    world.message("deliver")
+            world.deliver_at_once = True
+            world.run(second)
+            decode(world, prompt, first)
+
+    def test_a_reset_forgets_and_harms_nobody(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            world.reset(0)
+            again = decode(world, prompt, number)
+            world.reset(1)
+            assert world.ended(again)
+
+
+@required
+class BaseFailures:
+    """What does not arrive, or arrives damaged, costs time and never a token."""
+
+    @needs("lossy", "by_hand")
+    @pytest.mark.parametrize("which", range(8))
+    def test_a_lost_message(self, subject: Subject, seed: int, which: int) -> None:
+        self._one_message(subject, seed, "drop", which)
+
+    @needs("lossy", "by_hand")
+    @pytest.mark.parametrize("which", range(8))
+    def test_a_message_that_comes_twice(self, subject: Subject, seed: int, which: int) -> None:
+        self._one_message(subject, seed, "duplicate", which)
+
+    @needs("verifies", "by_hand")
+    @pytest.mark.parametrize("which", range(8))
+    def test_a_damaged_message(self, subject: Subject, seed: int, which: int) -> None:
+        self._one_message(subject, seed, "corrupt", which)
+
+    def _one_message(self, subject: Subject, seed: int, fault: str, which: int) -> None:
+        """Something happens to the `which`-th message; all others arrive."""
+        with World(subject) as world:
+            world.deliver_at_once = False
+            prompt = Prompt(30, family=1 + seed % 9)
+            seen = 0
+
+            def pump(number: int) -> None:
+                nonlocal seen
+                for _ in range(12):
+                    world.step(world.sent[number].engine)
+                    for _ in range(2):
+                        if world.network.pending:
+                            if seen == which:
+                                world.message(fault)
+                            seen += 1
+                            world.message("deliver")
+
+            first = world.add(0, prompt)
+            pump(first)
+            second = world.add(1, prompt, 4, after=None if subject.capabilities.finds_by_prompt else first)
+            pump(second)
+            world.deliver_at_once = True
+
+    @needs("lossy", "by_hand")
+    @pytest.mark.parametrize("held", range(5))
+    def test_an_answer_that_comes_too_late_is_left_alone(self, subject: Subject, seed: int, held: int) -> None:
+        """A message is held back until every deadline is over and the blocks belong to others, and then arrives."""
+        with World(subject, num_blocks=18) as world:
+            world.deliver_at_once = False
+            prompt = Prompt(40, family=1 + seed % 9)
+            first = world.add(0, prompt)
+            for _ in range(8):
+                world.step(0)
+                world.message("deliver_all")
+            second = world.add(1, prompt, 2, after=None if subject.capabilities.finds_by_prompt else first)
+            for _ in range(held):
+                world.step(1)
+                world.step(0)
+                world.message("deliver")
+            late, world.network.pending = world.network.pending, []
+            for _ in range(8):
+                world.advance(11.0)
+                for _ in range(3):
+                    world.step(1)
+                    world.step(0)
+            world.run(second)
+            other = world.add(1, Prompt(44, family=30), 3)
+            world.step(1)
+            world.network.pending += late
+            world.message("deliver_all")
+            world.step(1)
+            world.deliver_at_once = True
+            world.run(other)
+
+    @needs("lossy", "block_errors", "by_hand")
+    def test_under_the_policy_fail_a_lost_load_is_an_error(self, subject: Subject, seed: int) -> None:
+        with World(subject, policy="fail") as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            world.deliver_at_once = False
+            second = world.add(1, prompt, 4, after=None if subject.capabilities.finds_by_prompt else number)
+            for _ in range(20):
+                world.step(1)
+                world.step(0)
+                if any(message.kv is not None for message in world.network.pending):
+                    break
+                world.message("deliver")
+            world.message("drop")
+            world.deliver_at_once = True
+            world.run(second)
+            assert world.reason(second) == "error" and not world.answer(second)
+
+
+@required
+class BaseEnding:
+    """Closing is bounded, twice is fine, and no thread is left."""
+
+    def test_closing_twice_is_fine_and_bounded(self, subject: Subject, seed: int) -> None:
+        before = set(threading.enumerate())
+        world = World(subject, options={"close_timeout": 0.3} if subject.ours else None)
+        try:
+            prompt = Prompt(30, family=1 + seed % 9)
+            decode(world, prompt, prefill(world, prompt))
+            began = time.monotonic()
+            for engine in world.engines:
+                engine.close()
+            seconds = time.monotonic() - began
+            assert seconds < 5.0, f"closing took {seconds:.1f} s"
+        finally:
+            world.close()
+        deadline = time.monotonic() + 3.0
+        while left := [one.name for one in set(threading.enumerate()) - before if one.is_alive()]:
+            assert time.monotonic() < deadline, f"threads are left: {left}"
+            time.sleep(0.01)
+
+    def test_closing_in_the_middle_of_everything(self, subject: Subject, seed: int) -> None:
+        world = World(subject)
+        try:
+            world.deliver_at_once = False
+            for prompt in prompts(seed, 4):
+                world.add(0, prompt)
+                world.step(0)
+                world.add(1, prompt, 3)
+                world.step(1)
+                world.message("deliver_all")
+            began = time.monotonic()
+        finally:
+            world.close()
+        assert time.monotonic() - began < 15.0
+
+
+@required
+class BaseHistories:
+    """The state machine: see `kvsdk.testing.machine`."""
+
+    examples: int | None = None
+    """Histories to try; by default `EXAMPLES`, and fewer for connectors whose threads need real time."""
+
+    def test_random_histories(self, subject: Subject, seed: int) -> None:
+        from kvsdk.testing.machine import EXAMPLES, check_histories
+
+        default = EXAMPLES if subject.by_hand else EXAMPLES // 12
+        check_histories(subject, seed=seed, examples=self.examples or default)
+
+
+@optional
+class BaseParams:
+    """A proxy passes `kv_transfer_params` on."""
+
+    @needs("finds_by_params", "keeps")
+    def test_a_transfer_is_found_by_its_params(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            assert world.engines[0].params[world.name(number)], "the response has no kv_transfer_params"
+            second = world.add(1, prompt, 4, after=number)
+            world.run(second)
+            check_loaded(world, second, 30)
+
+
+@optional
+class BaseTensorParallel:
+    """Two ranks on each side."""
+
+    @needs("tensor_parallel")
+    def test_two_ranks(self, subject: Subject, seed: int) -> None:
+        with World(subject, world_size=2) as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            check_loaded(world, decode(world, prompt, prefill(world, prompt)), 30)
+        many(subject, seed, world_size=2, async_scheduling=True)
+
+
+@optional
+class BasePeers:
+    """Servers come and go."""
+
+    @needs("dynamic_peers")
+    def test_two_consumers(self, subject: Subject, seed: int) -> None:
+        roles = (*HANDOVER, "kv_consumer") if subject.capabilities.keeps else (*BOTH, "kv_both")
+        with World(subject, roles) as world:
+            for i in range(4):
+                prompt = Prompt(30, family=1 + (seed + i) % 97)
+                check_loaded(world, decode(world, prompt, prefill(world, prompt), engine=1 + i % 2), 30)
+
+    @needs("survives_restart")
+    def test_a_producer_that_died_is_replaced(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            prompt = Prompt(30, family)
+            decode(world, prompt, prefill(world, prompt))
+            world.add(0, Prompt(40, family + 20))
+            world.step(0)
+            world.restart(0)
+            self._until_loaded(world, family + 40)
+
+    @needs("survives_restart")
+    def test_a_consumer_that_died_is_replaced(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            prompt = Prompt(30, family)
+            number = prefill(world, prompt)
+            world.add(1, prompt, 4, after=None if subject.capabilities.finds_by_prompt else number)
+            world.step(1)
+            world.restart(1)
+            self._until_loaded(world, family + 40)
+
+    @needs("restores")
+    def test_what_was_saved_outlives_the_server(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            prefill(world, prompt)
+            world.restart(0)
+            check_loaded(world, decode(world, prompt, engine=0), 30)
+
+    def _until_loaded(self, world: World, family: int) -> None:
+        """Peers may need seconds to find each other again; nobody need restart for it."""
+        deadline = time.monotonic() + (0.0 if world.by_hand else 20.0)
+        while True:
+            family += 1
+            prompt = Prompt(30, family)
+            number = decode(world, prompt, prefill(world, prompt))
+            if world.cached(number) >= 30 // BLOCK * BLOCK:
+                return
+            assert time.monotonic() < deadline, "nothing is loaded since the peer was replaced"
+            time.sleep(0.1)
+
+
+class TestAnswers(BaseAnswers):
+    pass
+
+
+class TestMatching(BaseMatching):
+    pass
+
+
+class TestAborts(BaseAborts):
+    pass
+
+
+class TestBlocks(BaseBlocks):
+    pass
+
+
+class TestFailures(BaseFailures):
+    pass
+
+
+class TestEnding(BaseEnding):
+    pass
+
+
+class TestHistories(BaseHistories):
+    pass
+
+
+class TestParams(BaseParams):
+    pass
+
+
+class TestTensorParallel(BaseTensorParallel):
+    pass
+
+
+class TestPeers(BasePeers):
+    pass
+
+
+__all__ = [
+    "TestAborts",
+    "TestAnswers",
+    "TestBlocks",
+    "TestEnding",
+    "TestFailures",
+    "TestHistories",
+    "TestMatching",
+    "TestParams",
+    "TestPeers",
+    "TestTensorParallel",
+    "seed",
+    "subject",
+]

@@ -1,0 +1,7 @@
+"""The in-process hand-over connector passes the suite."""
+
+from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER as capabilities
+from kvsdk.testing.in_process import HandOverConnector as connector
+from kvsdk.testing.suite import *
+
+__all__ = ["capabilities", "connector"]

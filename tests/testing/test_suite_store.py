@@ -1,0 +1,7 @@
+"""The in-process store connector passes the suite."""
+
+from kvsdk.testing.capabilities import IN_PROCESS_STORE as capabilities
+from kvsdk.testing.in_process import StoreConnector as connector
+from kvsdk.testing.suite import *
+
+__all__ = ["capabilities", "connector"]
