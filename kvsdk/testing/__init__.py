@@ -11,6 +11,15 @@ import importlib
 from typing import Any
 
 _WHERE = {
+    "BrokenPromise": "contracts",
+    "check_layout": "contracts",
+    "check_lookup_buffer": "contracts",
+    "check_pipe": "contracts",
+    "FaultPlan": "faults",
+    "FaultyBuffer": "faults",
+    "FaultyClient": "faults",
+    "FaultyPipe": "faults",
+    "with_faults": "faults",
     "Capabilities": "capabilities",
     "capabilities_table": "capabilities",
     "Network": "in_process",
