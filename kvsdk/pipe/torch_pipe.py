@@ -91,6 +91,7 @@ def prepare_process(device_type: str) -> None:
         "TORCH_NCCL_ENABLE_MONITORING": "0",  # nor when the watchdog itself is slow
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",  # nor when the watchdog sees a CUDA error: it would be uncaught
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # the dump would poll the store of a peer that may be gone
+        "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",  # a pair has one operation at a time anyway
         "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",  # after an error the watchdog sleeps 4 times this; 15 s by default
     }
     for name, value in wanted.items():
