@@ -25,8 +25,8 @@ venv: $(STAMP)  ## set up the virtual environment (.venv): vLLM 0.32.0 for CPUs,
 demo: $(STAMP)  ## hand prompts from one vLLM server to another on this machine and compare the tokens
 	$(BIN)/kvsdk demo $(ARGS)
 
-test: $(STAMP)  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test: $(STAMP)  ## the tests that need no GPU, but for the slow ones (pytest -m slow)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
 compat: $(STAMP)  ## the contract tests against the Python sources of the oldest and the newest vLLM
 	scripts/compat.sh $(VENV) $(COMPAT_VERSIONS)

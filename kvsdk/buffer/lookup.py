@@ -374,7 +374,9 @@ class LookupBuffer:
     # -- time and figures
 
     def expire(self) -> int:
-        """End claims and unclaimed offers whose lease is over; returns how many. Every other call does so as well.
+        """End claims and unclaimed offers whose lease is over; returns how many.
+
+        Inserts, lookups, renewals and releases do so first; `take_ended` and `standing` tell what has ended so far.
 
         An exclusive claim that expires takes its offer along.
         """
