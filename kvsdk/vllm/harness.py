@@ -38,7 +38,7 @@ from vllm.config import (
 )
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator, copy_kv_blocks
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.sampling_params import SamplingParams
@@ -225,12 +225,12 @@ class Worker:
             if after_forward and self._runner == 1:
                 connector.start_load_kv(context)
         if self._runner == 2:
-            if hasattr(connector, "finish_forward"):
+            if hasattr(KVConnectorBase_V1, "finish_forward"):
                 connector.finish_forward()
             if after_forward:
                 with self._forward_context(None) as context:  # the second runner has left the forward by then
                     connector.start_load_kv(context, **self._load_keywords(output, batch))
-        if batch or hasattr(connector, "get_mem_pool_context"):  # 0.31 on: in empty steps, too
+        if batch or hasattr(KVConnectorBase_V1, "get_mem_pool_context"):  # 0.31 on: in empty steps, too
             connector.wait_for_save()
         report = self._report(output.finished_req_ids)
         connector.clear_connector_metadata()
@@ -247,7 +247,7 @@ class Worker:
 
     def _report(self, finished_req_ids: set[str]) -> KVConnectorOutput:
         connector, report = self.connector, KVConnectorOutput()
-        if hasattr(connector, "get_transfer_results"):
+        if hasattr(KVConnectorBase_V1, "get_transfer_results"):
             results = connector.get_transfer_results(finished_req_ids)
             report.finished_sending = results.finished_sending or None
             report.finished_recving = results.finished_recving or None
@@ -312,7 +312,7 @@ class Worker:
 
     def _load_keywords(self, output: SchedulerOutput, batch: list[_Scheduled]) -> dict[str, Any]:
         """What the second runner adds to `start_load_kv` from 0.30 on."""
-        if self._runner == 1 or not batch or not hasattr(self.connector, "finish_forward"):
+        if self._runner == 1 or not batch or not hasattr(KVConnectorBase_V1, "finish_forward"):
             return {}
         return dict(
             scheduler_output=output,

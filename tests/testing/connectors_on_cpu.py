@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector i
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.request import RequestStatus
+from vllm.v1.simple_kv_offload import worker as simple_worker
 from vllm.v1.simple_kv_offload.worker import SimpleCPUOffloadWorker
 
 MOST_POLLS = 4
@@ -105,7 +107,18 @@ class LateSpec(CPUOffloadingSpec):
 
     def get_worker(self, kv_caches: Any) -> LateWorker:
         rng = random.Random(self.extra_config.get("seed", 0))
-        return LateWorker(kv_caches, self.num_chunks, self.blocks_per_chunk, rng)
+        num_chunks = self.num_chunks if hasattr(self, "num_chunks") else self.num_blocks  # 0.26: the older name
+        return LateWorker(kv_caches, num_chunks, self.blocks_per_chunk, rng)
+
+
+class _Stream:
+    """Stands for CUDA's events and streams, which `SimpleCPUOffloadWorker` names when it saves."""
+
+    def record(self, stream: _Stream) -> None:
+        """What is computed on a CPU has been computed."""
+
+
+simple_worker.torch = types.SimpleNamespace(Event=_Stream, cuda=types.SimpleNamespace(current_stream=_Stream))
 
 
 class _LateBackend:
@@ -115,7 +128,13 @@ class _LateBackend:
         self._caches, self._kept, self._rng = caches, kept, rng
 
     def launch_copy(
-        self, src_blocks: list[int], dst_blocks: list[int], is_store: bool, event_idx: int, events_list: list[Any]
+        self,
+        src_blocks: list[int],
+        dst_blocks: list[int],
+        is_store: bool,
+        event_idx: int,
+        events_list: list[Any],
+        wait_event: Any = None,
     ) -> None:
         sources, targets = (self._caches, self._kept) if is_store else (self._kept, self._caches)
 
@@ -127,7 +146,7 @@ class _LateBackend:
 
 
 class LateSimpleWorker(SimpleCPUOffloadWorker):
-    """Polls and flushes are vLLM's; the places of blocks and the copies are not."""
+    """When copies start, are polled and flushed is vLLM's; the places of blocks and the copies are not."""
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         caches = [cache.view(cache.shape[0], -1) for cache in kv_caches.values()]
@@ -136,13 +155,6 @@ class LateSimpleWorker(SimpleCPUOffloadWorker):
         kept = [torch.zeros((self.num_cpu_blocks, cache.shape[1]), dtype=cache.dtype) for cache in caches]
         rng = random.Random(self.vllm_config.kv_transfer_config.kv_connector_extra_config.get("seed", 0))
         self._backend = _LateBackend(caches, kept, rng)
-
-    def wait_for_save(self) -> None:
-        metadata = self._connector_metadata
-        if metadata is not None and metadata.store_gpu_blocks:
-            self._backend.launch_copy(
-                metadata.store_gpu_blocks, metadata.store_cpu_blocks, True, metadata.store_event, self._store_events
-            )
 
 
 class SimpleOffload(SimpleCPUOffloadConnector):
@@ -179,6 +191,8 @@ class Direct(KVConnectorBase_V1):
         self._orders = DirectMetadata({}, {})
         self._given_up: set[str] = set()
         self._first: dict[str, int] = {}
+        self._destinations: dict[str, set[int]] = {}
+        self._bad_blocks: set[int] = set()
         self._copies: tuple[dict[str, LateCopy], dict[str, LateCopy]] = ({}, {})
         self._num_loads = 0
 
@@ -200,6 +214,7 @@ class Direct(KVConnectorBase_V1):
             first = self._first[request.request_id]
             last = first + num_external_tokens // self._block_size
             self._orders.loads[request.request_id] = (ids[first:last], request.block_hashes[first:last])
+            self._destinations[request.request_id] = set(ids[first:last])
 
     def build_connector_meta(self, scheduler_output: Any) -> DirectMetadata:
         orders, self._orders = self._orders, DirectMetadata({}, {})
@@ -207,6 +222,9 @@ class Direct(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         self._given_up |= set(getattr(connector_output, "failed_recving", None) or ())
+        for name in connector_output.finished_recving or ():
+            if not self._destinations.pop(name, set()).isdisjoint(connector_output.invalid_block_ids):
+                self._given_up.add(name)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         full = request.num_computed_tokens // self._block_size
@@ -228,6 +246,7 @@ class Direct(KVConnectorBase_V1):
             self._num_loads += 1
             if self._fail_every and self._num_loads % self._fail_every == 0:
                 self._given_up.add(request_id)
+                self._destinations[request_id] = set(ids)
             self._copies[0][request_id] = copy = LateCopy(self._read(ids, hashes), self._rng)
             if self._synchronous:
                 copy.synchronize()
@@ -271,8 +290,12 @@ class Direct(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         saves, loads, failed = self._ended()
-        assert not failed, "this release of vLLM has no way to report a whole load as failed"
-        return saves, loads
+        self._bad_blocks |= set().union(*(self._destinations.pop(name) for name in failed))
+        return saves, loads | failed
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
