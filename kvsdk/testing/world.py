@@ -363,6 +363,11 @@ class World:
         chosen = self.engines if engine is None else [self.engines[engine]]
         return sum(one.stats[name] for one in chosen)
 
+    def loading(self, number: int) -> bool:
+        """Whether a load of this request is under way."""
+        audit = self._engine(number).audit
+        return audit is not None and self.name(number) in audit.loading
+
     def check(self) -> None:
         """Every request that has ended was answered as one server alone would have."""
         for number, sent in enumerate(self.sent):
@@ -449,9 +454,10 @@ class World:
 
     def close(self) -> None:
         """Close every engine. Twice is fine."""
-        for one in self.engines:
-            one.close()
-        self._folder.cleanup()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._folder.cleanup)
+            for one in self.engines:
+                stack.callback(one.close)
 
     def __enter__(self) -> World:
         return self

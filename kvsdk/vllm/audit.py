@@ -59,7 +59,11 @@ class _Grant:
 
 
 class Audit:
-    """Follows one engine. Made by `Engine(audit=True)`; every check raises `Violation`."""
+    """Follows one engine. Made by `Engine(audit=True)`; every check raises `Violation`.
+
+    Attributes:
+        loading: ids of requests whose asynchronous load is under way.
+    """
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -69,7 +73,7 @@ class Audit:
         ]
         self._matches: dict[str, tuple[int, int, bool]] = {}
         self._grants: list[dict[str, _Grant]] = [{} for _ in engine.workers]
-        self._loading: set[str] = set()
+        self.loading: set[str] = set()
         self._delayed: set[str] = set()
         self._snapshots = [[words.copy() for words in worker.words] for worker in engine.workers]
         for connector in (engine.connector, *(worker.connector for worker in engine.workers)):
@@ -131,11 +135,11 @@ class Audit:
         for grants in self._grants:
             grants[request.request_id] = _Grant(granted, not asynchronous)
         if asynchronous:
-            self._loading.add(request.request_id)
+            self.loading.add(request.request_id)
 
     def _finished(self, answer: tuple[bool, Any], request: Request, *_: Any) -> None:
         if answer[0]:
-            if request.request_id in self._loading:
+            if request.request_id in self.loading:
                 raise Violation(
                     f"request {request.request_id} ended while it loads, and its free is delayed: vLLM holds its "
                     "blocks itself, and would free them twice"
@@ -212,7 +216,7 @@ class Audit:
         """What all workers together report of a step."""
         if report is None:
             return
-        self._loading -= set(report.finished_recving or ()) | set(getattr(report, "failed_recving", None) or ())
+        self.loading -= set(report.finished_recving or ()) | set(getattr(report, "failed_recving", None) or ())
         unknown = set(report.finished_sending or ()) - self._delayed
         if unknown:
             raise Violation(f"a free is reported that nobody waits for: {sorted(unknown)}")
@@ -243,8 +247,8 @@ class Audit:
         """Nothing is open any more."""
         for worker in self._engine.workers:
             self.check_writes(worker)
-        if self._loading:
-            raise Violation(f"loads were never reported as ended: {sorted(self._loading)}")
+        if self.loading:
+            raise Violation(f"loads were never reported as ended: {sorted(self.loading)}")
         if self._delayed:
             raise Violation(f"frees were delayed and never reported: {sorted(self._delayed)}")
         for worker in self._engine.workers:

@@ -2,6 +2,6 @@
 
 from kvsdk.testing.capabilities import IN_PROCESS_STORE as capabilities
 from kvsdk.testing.in_process import StoreConnector as connector
-from kvsdk.testing.suite import *
+from kvsdk.testing.suite import *  # noqa: F403
 
 __all__ = ["capabilities", "connector"]
