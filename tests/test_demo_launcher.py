@@ -258,8 +258,8 @@ def _command(tmp_path: Path, monkeypatch, **options) -> tuple[list[str], dict[st
 
 def test_on_a_cpu_a_server_is_float32_and_single_threaded(tmp_path, monkeypatch):
     command, env = _command(tmp_path, monkeypatch, port=1234, transfer_config={"kv_role": "kv_both"})
-    assert Path(command[0]).name == "vllm"
-    assert command[1:3] == ["serve", str(tmp_path)]
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    assert command[3:5] == ["serve", str(tmp_path)]
     pairs = dict(itertools.pairwise(command))
     assert (pairs["--port"], pairs["--host"], pairs["--dtype"]) == ("1234", "127.0.0.1", "float32")
     assert pairs["--kv-transfer-config"] == '{"kv_role": "kv_both"}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import secrets
@@ -117,7 +118,9 @@ class BufferServer:
                 # It was never started: the sockets are still this thread's to close.
                 self._release()
             else:
-                self._wake_w.send(b"x")
+                # Its thread may have seen that by itself, and ended.
+                with contextlib.suppress(OSError):
+                    self._wake_w.send(b"x")
         if self._thread.ident is not None:
             self._thread.join(timeout)
         if self._thread.is_alive():
