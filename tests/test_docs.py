@@ -91,33 +91,40 @@ def write_modules(page: Path, folder: Path) -> list[str]:
 
 def test_no_page_has_python_that_is_not_run():
     with_python = {page.name for page in PAGES if blocks(page, "python")}
-    assert with_python == {"authors.md", "operators.md"}
+    assert with_python == {"authors.md", "operators.md", "write_a_connector.md"}
 
 
-def test_the_authors_page_builds_a_connector_that_passes_its_own_tests(workshop, no_thread_left):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    names = write_modules(ROOT / "docs/authors.md", workshop)
-    assert names == ["shelf", "test_shelf", "shelf_for_vllm"]
-    tests = importlib.import_module("test_shelf")
-    cases = [value for name, value in vars(tests).items() if name.startswith("test_")]
-    assert len(cases) == 3
-    for number, case in enumerate(cases):
-        folder = workshop / str(number)
-        folder.mkdir()
-        case(folder)
+def test_the_connector_page_builds_the_example():
+    """Every file of the example is on the page, in pieces and whole; tests/testing/test_my_connector.py runs it."""
+    page, example = ROOT / "docs/write_a_connector.md", ROOT / "examples/my_connector"
+    pieces: dict[str, list[str]] = {}
+    for text in [*blocks(page, "toml"), *blocks(page, "python")]:
+        file = re.match(r"# ([\w/]+\.\w+)(, continued)?\n", text)
+        assert file, f"a block of {page.name} does not begin with its file's name: {text[:60]!r}"
+        assert bool(file[2]) == (file[1] in pieces), f"{file[1]} is continued before it begins, or begins twice"
+        pieces.setdefault(file[1], []).append(text[file.end() :])
+    files = [path.relative_to(example) for path in [*example.glob("*.*"), *example.glob("[a-z]*/**/*.*")]]
+    made = re.compile(r"\.|build$|__pycache__$|.*\.egg-info$")  # what tools leave there
+    kept = {path.as_posix() for path in files if not any(made.match(part) for part in path.parts)}
+    assert pieces.keys() == kept
+    for name, parts in pieces.items():
+        # A piece that goes on within a class is a blank line apart from the one before, any other piece two.
+        whole = parts[0] + "".join(("\n" if part.startswith(" ") else "\n\n") + part for part in parts[1:])
+        assert whole == (example / name).read_text(), f"{name} differs between {page.name} and {example.name}"
 
 
-def test_the_connector_of_the_authors_page_loads_from_a_module_of_its_own(workshop):
+def test_a_class_for_vllm_can_be_made_in_a_module_of_the_authors_own(workshop, monkeypatch):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    write_modules(ROOT / "docs/authors.md", workshop)
+    monkeypatch.syspath_prepend(ROOT / "examples/my_connector")
+    assert write_modules(ROOT / "docs/authors.md", workshop) == ["connector_for_vllm"]
     config = KVTransferConfig(
-        kv_connector="ShelfConnector", kv_connector_module_path="shelf_for_vllm", kv_role="kv_both"
+        kv_connector="FileConnector", kv_connector_module_path="connector_for_vllm", kv_role="kv_both"
     )
     found = KVConnectorFactory.get_connector_class(config)
-    assert found.connector is importlib.import_module("shelf").ShelfConnector
+    assert found.connector is importlib.import_module("my_connector").FileConnector
 
 
 def test_the_keys_of_the_operators_page_are_taken_by_both_sides(workshop):
