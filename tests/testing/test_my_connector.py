@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+# A wheel is built, and a whole suite runs in it: over a minute.
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
