@@ -75,6 +75,7 @@ class Network:
         producers: addresses of the schedulers that offer KV.
         shelf: what `StoreConnector` saved: (world size, rank, prefix key) to (bytes, digest).
         counters: messages delivered, dropped and so on, by name.
+        armed: what happens to the next messages that carry blocks, one each: `drop`, `duplicate` or `corrupt`.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class Network:
         self.producers: dict[str, None] = {}
         self.shelf: dict[tuple[int, int, bytes], tuple[torch.Tensor, int]] = {}
         self.counters: collections.Counter[str] = collections.Counter()
+        self.armed: list[str] = []
         self._receivers: dict[str, Callable[[Message], None]] = {}
         _networks[self.name] = self
 
@@ -106,6 +108,8 @@ class Network:
 
     def send(self, to: str, kind: str, kv: torch.Tensor | None = None, **fields: Any) -> None:
         self.pending.append(Message(to, kind, fields, kv))
+        if kv is not None and self.armed:
+            getattr(self, self.armed.pop(0))(len(self.pending) - 1)
 
     # ---- the test
 

@@ -144,6 +144,13 @@ class ConnectorMachine(RuleBasedStateMachine):
     def corrupt(self, index: int) -> None:
         self._do("message", "corrupt", index)
 
+    @precondition(lambda self: self.subject.by_hand and self.subject.capabilities.lossy)
+    @rule(what=st.sampled_from(["drop next", "duplicate next", "corrupt next"]))
+    def next_blocks(self, what: str) -> None:
+        if what == "corrupt next" and not self.subject.capabilities.verifies:
+            what = "drop next"
+        self._do("message", what)
+
     def teardown(self) -> None:
         if self.world is None:
             return

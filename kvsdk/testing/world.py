@@ -317,10 +317,13 @@ class World:
             self.engines[engine].reset()
 
     def message(self, what: str, index: int = 0) -> None:
-        """`deliver`, `drop`, `duplicate`, `postpone` or `corrupt` the message at `index`; `deliver_all`."""
+        """`deliver`, `drop`, `duplicate`, `postpone` or `corrupt` the message at `index`; `deliver_all`; or
+        `drop next`, `duplicate next`, `corrupt next`: the next message that carries blocks."""
         with self._operation("message", what, *([index] if index else [])):
             if what == "deliver_all":
                 self.network.deliver_all()
+            elif what.endswith(" next"):
+                self.network.armed.append(what.removesuffix(" next"))
             else:
                 getattr(self.network, what)(index)
 
@@ -427,9 +430,12 @@ class World:
             if self.by_hand and still > 4:
                 self.clock.advance(0.5)
                 waited += 0.5
-            elif not self.by_hand and time.monotonic() - moved > 0.5:
-                self.clock.advance(0.5)
-                waited += 0.5
+            elif not self.by_hand and all(map(self.ended, range(len(self.sent)))):
+                # Nobody waits for an answer: threads have had half a second for what they still do. After a jump they
+                # need real time to see what time it is; kvsdk's own look once a second.
+                if time.monotonic() - moved > 0.5 + waited / 15:
+                    self.clock.advance(patience / 2)
+                    waited += patience / 2
                 time.sleep(0.001)
             if waited > patience:
                 waiting = [number for number in range(len(self.sent)) if not self.ended(number)]

@@ -612,7 +612,8 @@ class _NoKeyForTheTail(StoreScheduler):
         hit = super().find(request, num_local_tokens)
         if hit is None or not 0 < request.num_prompt_tokens - hit.num_tokens < request.block_size:
             return hit
-        return Hit(request.num_prompt_tokens, hit.source + hit.source[-KEY:])
+        whole = hit.num_tokens // request.block_size * KEY
+        return Hit(request.num_prompt_tokens, hit.source[:whole] + hit.source[whole - KEY : whole])
 
 
 class _StoreWithoutDigest(StoreWorker):
