@@ -77,6 +77,13 @@ class ConnectorMachine(RuleBasedStateMachine):
     def add(self, engine: int, length: int, family: int, shared: int, salt: str | None, max_tokens: int) -> None:
         self._do("add", self._engine(engine), Prompt(length, family, shared, salt), max_tokens)
 
+    @rule(length=st.integers(2, 40), family=st.integers(1, 3), shared=st.sampled_from([0, 4, 12]))
+    def prefill(self, length: int, family: int, shared: int) -> None:
+        """A prompt is computed by the first engine, until others can load it."""
+        self._do("run", self._do("add", 0, Prompt(length, family, shared)))
+        self._do("step", 0)
+        self._do("message", "deliver_all")
+
     @precondition(lambda self: self.world is not None and self.world.sent)
     @rule(engine=_some, which=_some, more=st.sampled_from([0, 0, 1, 5]), by_params=st.booleans())
     def hand_over(self, engine: int, which: int, more: int, by_params: bool) -> None:

@@ -507,7 +507,7 @@ class BaseHistories:
     def test_random_histories(self, subject: Subject, seed: int) -> None:
         from kvsdk.testing.machine import EXAMPLES, check_histories
 
-        default = EXAMPLES if subject.by_hand else EXAMPLES // 12
+        default = EXAMPLES if subject.by_hand else EXAMPLES // 20
         # Threads do not take the same turns twice: shrinking would look for what may not come again.
         check_histories(subject, seed=seed, examples=self.examples or default, shrink=subject.by_hand)
 

@@ -401,13 +401,15 @@ class World:
         )
 
     def run(self, *numbers: int, patience: float = 70.0) -> None:
-        """Step all engines until these requests have ended.
+        """Step all engines, and deliver what they say, until these requests have ended.
 
         Raises:
             NeverEnds: they had not, after `patience` seconds of the world's clock in which nothing moved.
         """
         with self._operation("run", *numbers):
+            by_hand, self.deliver_at_once = self.deliver_at_once, True
             self._run(lambda: all(map(self.ended, numbers)), patience)
+            self.deliver_at_once = by_hand
 
     def _run(self, until: Callable[[], bool], patience: float) -> None:
         last, still, waited, rounds = None, 0, 0.0, 0
