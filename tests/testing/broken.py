@@ -551,7 +551,7 @@ class _NeverJoins(HandOverWorker):
     def __init__(self, context):
         super().__init__(context)
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self.stop.wait, args=(4.5,), name="loops for ever", daemon=True)
+        self.thread = threading.Thread(target=self.stop.wait, args=(3.5,), name="loops for ever", daemon=True)
         self.thread.start()
 
 
