@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import (
     AskAgain,
@@ -39,8 +40,6 @@ from kvsdk.connector.tasks import Cancelled, LoadOrder, LoadTask, SaveOrder, Sav
 from kvsdk.errors import DeadlineExceeded, KVError, TaskEnded
 
 logger = logging.getLogger("kvsdk.lifecycle")
-
-KEY_BYTES = 16
 
 
 @dataclasses.dataclass
