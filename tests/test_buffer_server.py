@@ -27,6 +27,7 @@ from kvsdk.buffer import (
     prefix_keys,
 )
 from kvsdk.buffer import client as client_module
+from kvsdk.demo.servers import free_port
 from kvsdk.errors import ConfigError, MismatchError, ProtocolError
 
 LONG = 10.0  # deadline of what must happen; nothing waits that long when all is well
@@ -73,12 +74,6 @@ def answer(client, ticket="t"):
 def ask(client, keys=PROMPT, min_tokens=0, ticket="t"):
     client.find(ticket, keys, min_tokens)
     return answer(client, ticket)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture

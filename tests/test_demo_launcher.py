@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -70,6 +71,21 @@ def start(tmp_path):
     yield start
     for server in started:
         server.stop()
+
+
+def test_a_free_port_is_none_that_the_system_hands_out_and_none_given_twice():
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = [servers.free_port() for _ in range(50)]
+    assert max(ports) < ephemeral
+    assert len(set(ports)) == 50
+
+
+def test_a_port_that_somebody_listens_on_is_not_free(monkeypatch):
+    with socket.create_server((servers.HOST, servers.free_port())) as busy:
+        taken = busy.getsockname()[1]
+        answers = iter([taken, taken + 1])
+        monkeypatch.setattr(servers.random.SystemRandom, "randrange", lambda *_: next(answers))
+        assert servers.free_port() == taken + 1
 
 
 def test_importing_kvsdk_loads_neither_torch_nor_vllm_nor_zmq():

@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -26,6 +27,10 @@ from typing import Any
 from kvsdk.errors import DeadlineExceeded, KVError
 
 HOST = "127.0.0.1"
+LOWEST_PORT = 15000
+"""The lowest port that `free_port` gives out: above those that well-known services listen on."""
+PORT_TRIES = 100
+_given_out: set[int] = set()
 HEALTH_POLL = 0.25
 """Seconds between two looks at a server that boots."""
 ORPHAN_GRACE = 3.0
@@ -40,10 +45,32 @@ class ServerFailed(KVError):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody uses now and that the system hands to nobody who asks for just any port.
+
+    A server that boots takes half a minute to listen on the port that it was told. A port from the system's own range
+    may by then be one end of any connection made meanwhile, so this one lies below that range (Linux's
+    `ip_local_port_range`), at random, and each is given out once by a process.
+
+    Raises:
+        ServerFailed: no such port was found.
+    """
+    for _ in range(PORT_TRIES):
+        port = random.SystemRandom().randrange(LOWEST_PORT, _first_ephemeral_port())
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                if port not in _given_out:
+                    _given_out.add(port)
+                    return port
+    raise ServerFailed(f"no free TCP port from {LOWEST_PORT} to {_first_ephemeral_port() - 1}, {PORT_TRIES} tries")
+
+
+def _first_ephemeral_port() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        return max(first, LOWEST_PORT + PORT_TRIES)
+    return 32768
 
 
 class Server:
