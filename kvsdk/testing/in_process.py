@@ -458,6 +458,7 @@ class HandOverConnector(Connector):
     scheduler_half = HandOverScheduler
     worker_half = HandOverWorker
     option_names = frozenset({"network"})
+    by_hand = True
 
 
 # ---- store
@@ -550,3 +551,4 @@ class StoreConnector(Connector):
     scheduler_half = StoreScheduler
     worker_half = StoreWorker
     option_names = frozenset({"network"})
+    by_hand = True

@@ -7,8 +7,10 @@
     connector = shelf.ShelfConnector
     capabilities = Capabilities(saves=True, finds_by_prompt=True, partial_tail=True, restores=True)
 
-Two more names are optional: `options`, its `kv_connector_extra_config`, or a function of a `kvsdk.testing.Place` that
-returns it; and `ready(engines)`, which waits until they have found each other.
+Four more names are optional: `options`, its `kv_connector_extra_config`, or a function of a `kvsdk.testing.Place` that
+returns it; `ready(engines)`, which waits until they have found each other; `damage(place)`, which damages what the
+connector has stored, for the tests of `verifies`; and `processes = True`, which runs each engine in a process of its
+own. `kvsdk.testing.Subject` says more about each.
 
 The star import brings the `Test...` classes; the `Base...` classes beneath them are not collected until an author
 subclasses one, to change or leave out a test by name.
@@ -51,6 +53,8 @@ def subject(request: pytest.FixtureRequest) -> Subject:
         module.capabilities,
         options=getattr(module, "options", {}),
         ready=getattr(module, "ready", None),
+        processes=getattr(module, "processes", False),
+        damage=getattr(module, "damage", None),
     )
 
 
@@ -62,16 +66,24 @@ def seed() -> int:
     return value
 
 
+_MEANS = {
+    "by_hand": "the connector's class does not say `by_hand = True`: its messages do not go through a "
+    "`kvsdk.testing.Network`, where a test could lose, double or damage them",
+    "damage": "the test module has no `damage(place)`, which would damage what the connector has stored",
+}
+
+
 def needs(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Skip a test unless the subject declares these capabilities; `by_hand` stands for messages in a test's hands."""
+    """Skip a test unless the subject declares these capabilities; `by_hand` and `damage` are the subject's."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def gated(self: Any, subject: Subject, *args: Any, **more: Any) -> None:
             for name in names:
-                if name == "by_hand" and not subject.by_hand:
-                    pytest.skip("its messages are not in a test's hands")
-                if name != "by_hand" and not getattr(subject.capabilities, name):
+                if name in _MEANS:
+                    if not getattr(subject, name):
+                        pytest.skip(_MEANS[name])
+                elif not getattr(subject.capabilities, name):
                     pytest.skip(f"{name} is not declared: {Capabilities.sentences()[name]}")
             test(self, subject, *args, **more)
 
@@ -232,18 +244,7 @@ class BaseMatching:
             world.add(1, Prompt(45, family=11), 15)
             for _ in range(4):
                 world.step(1)
-            engine = world.engines[1]
-            answers: list[int] = []
-            ask = engine.connector.get_num_new_matched_tokens
-
-            def listen(*args: Any, **more: Any) -> Any:
-                answer = ask(*args, **more)
-                if answer[0] is not None:
-                    answers.append(answer[0])
-                return answer
-
-            engine.connector.get_num_new_matched_tokens = listen
-            decode(world, prompt, number)
+            answers = world.engines[1].answers.get(world.name(decode(world, prompt, number)), [])
             settled = [answer for answer in answers if answer]
             assert len(set(settled)) <= 1, f"while it waited for blocks its lookups answered {answers}"
 
@@ -379,6 +380,20 @@ class BaseFailures:
     @pytest.mark.parametrize("which", range(8))
     def test_a_message_that_comes_twice(self, subject: Subject, seed: int, which: int) -> None:
         self._one_message(subject, seed, "duplicate", which)
+
+    @needs("verifies", "damage")
+    @pytest.mark.parametrize("length", [2, 3 * BLOCK, 30])
+    def test_damaged_kv_is_computed_instead(self, subject: Subject, seed: int, length: int) -> None:
+        assert subject.damage is not None
+        with World(subject) as world:
+            prompt = Prompt(length, family=1 + seed % 9)
+            number = prefill(world, prompt)
+            subject.damage(world.place(1))
+            second = decode(world, prompt, number)
+            whole = length - 1 if subject.capabilities.partial_tail else (length - 1) // BLOCK * BLOCK
+            assert world.cached(second) < max(whole, 1), "all KV was loaded: `damage` damaged none, or nobody looked"
+            other = Prompt(30, family=11)
+            check_loaded(world, decode(world, other, prefill(world, other)), 30)
 
     @needs("verifies", "by_hand")
     @pytest.mark.parametrize("which", range(8))

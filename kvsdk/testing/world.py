@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsdk.connector import Consumer, Producer
+from kvsdk.errors import ConfigError
 from kvsdk.testing.capabilities import Capabilities
 from kvsdk.testing.in_process import Network
 
 if TYPE_CHECKING:
+    from kvsdk.testing.engine_process import EngineProcess
     from kvsdk.vllm.harness import Engine
 
 HANDOVER = ("kv_producer", "kv_consumer")
@@ -42,16 +45,20 @@ class WrongAnswer(AssertionError):
 
 
 class Clock:
-    """Seconds that pass when a test says so; on top of real ones for connectors with threads of their own."""
+    """Seconds that pass when a test says so; on top of real ones for connectors with threads of their own.
+
+    Attributes:
+        ahead: seconds that have passed because a test said so.
+    """
 
     def __init__(self, *, real: bool):
-        self._real, self._offset = real, 0.0 if real else 1000.0
+        self._real, self.ahead = real, 0.0 if real else 1000.0
 
     def __call__(self) -> float:
-        return self._offset + (time.monotonic() if self._real else 0.0)
+        return self.ahead + (time.monotonic() if self._real else 0.0)
 
     def advance(self, seconds: float) -> None:
-        self._offset += seconds
+        self.ahead += seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +98,26 @@ class Subject:
             name, or a class that vLLM could load (of `KVConnectorBase_V1`).
         options: its `kv_connector_extra_config`; may depend on the engine.
         capabilities: what is declared, and therefore tested.
-        ready: waits until these engines have found each other, where that takes time.
+        ready: waits until these engines have found each other, where that takes time. With `processes`, it is called
+            in each engine's process, with that engine alone.
+        processes: each engine runs in a process of its own, as servers do, rather than in the test's.
+        damage: damages KV that the connector has stored or is about to send: at least one byte of what the engine at
+            this place would load next, wherever the connector keeps it. Tests of `verifies` need it.
+
+    Raises:
+        ConfigError: `processes` with a connector whose messages are in a test's hands.
     """
 
     connector: str | type
     capabilities: Capabilities
     options: Options = dataclasses.field(default_factory=dict)
     ready: Callable[[Sequence[Engine]], None] | None = None
+    processes: bool = False
+    damage: Callable[[Place], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes and self.by_hand:
+            raise ConfigError(f"{self.name} sends messages through one process's memory: it cannot have `processes`")
 
     @property
     def name(self) -> str:
@@ -112,11 +132,13 @@ class Subject:
 
     @property
     def by_hand(self) -> bool:
-        """Whether its messages are in a test's hands (`Network`), and nothing runs in threads."""
-        kind = self.connector
+        """Whether its messages are in a test's hands, and nothing runs in threads: the class says `by_hand = True` and
+        sends every message through the `kvsdk.testing.Network` that its option `network` names."""
+        kind: Any = self.connector
         if isinstance(kind, str):
-            return kind.startswith("kvsdk.testing.in_process:")
-        return "network" in getattr(kind, "option_names", ()) or getattr(kind, "by_hand", False)
+            module, _, name = kind.rpartition(":")
+            kind = getattr(importlib.import_module(module), name) if module else None
+        return getattr(kind, "by_hand", False)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -188,7 +210,7 @@ class World:
         self._more, self._engine_options = dict(options or {}), engine
         self._folder = tempfile.TemporaryDirectory(prefix="kvsdk-world-", ignore_cleanup_errors=True)
         self._ports = tuple(_free_ports(len(self.roles))) if callable(subject.options) else (0,) * len(self.roles)
-        self.engines: list[Engine] = []
+        self.engines: list[Engine | EngineProcess] = []
         try:
             for index in range(len(self.roles)):
                 self.engines.append(self._make(index))
@@ -197,14 +219,14 @@ class World:
             self.close()
             raise
 
-    def _make(self, index: int) -> Engine:
-        from kvsdk.vllm.harness import Engine
+    def place(self, index: int) -> Place:
+        """Of an engine."""
+        return Place(index, self.roles[index], self.roles, self._ports, self._folder.name)
 
+    def _make(self, index: int) -> Engine | EngineProcess:
         subject, role = self.subject, self.roles[index]
-        if callable(subject.options):
-            extra = dict(subject.options(Place(index, role, self.roles, self._ports, self._folder.name)))
-        else:
-            extra = dict(subject.options)
+        asked = subject.options
+        extra = dict(asked(self.place(index)) if callable(asked) else asked)
         if self.by_hand:
             extra["network"] = self.network.name
         if subject.ours:
@@ -222,10 +244,20 @@ class World:
             "kv_load_failure_policy": self.policy,
             "kv_connector_extra_config": extra,
         }
-        return Engine(config, clock=self.clock, audit=True, **{**ENGINE, **self._engine_options})
+        options = {**ENGINE, **self._engine_options}
+        if subject.processes:
+            from kvsdk.testing.engine_process import EngineProcess
+
+            return EngineProcess(config, ahead=self.clock.ahead, ready=subject.ready, audit=True, **options)
+        from kvsdk.vllm.harness import Engine
+
+        return Engine(config, clock=self.clock, audit=True, **options)
 
     def _wait_ready(self) -> None:
-        if self.subject.ready is not None:
+        if self.subject.processes:
+            for one in self.engines:
+                one.wait_ready()
+        elif self.subject.ready is not None:
             self.subject.ready(self.engines)
 
     # ---- operations: each is written into the history, and followed by `check`
@@ -302,7 +334,13 @@ class World:
     def advance(self, seconds: float) -> None:
         """Time passes."""
         with self._operation("advance", seconds):
-            self.clock.advance(seconds)
+            self._advance(seconds)
+
+    def _advance(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        if self.subject.processes:
+            for one in self.engines:
+                one.advance(seconds)
 
     def restart(self, engine: int) -> None:
         """An engine dies where it stands, and another takes its place; its requests are gone."""
@@ -341,7 +379,7 @@ class World:
         """vLLM's request id: never the same on two engines for one prompt."""
         return f"cmpl-{number}-of-{self.sent[number].engine}"
 
-    def _engine(self, number: int) -> Engine:
+    def _engine(self, number: int) -> Engine | EngineProcess:
         return self.engines[self.sent[number].engine]
 
     def _alive(self, number: int) -> bool:
@@ -368,17 +406,18 @@ class World:
 
     def loading(self, number: int) -> bool:
         """Whether a load of this request is under way."""
-        audit = self._engine(number).audit
-        return audit is not None and self.name(number) in audit.loading
+        return self.name(number) in self._engine(number).loading
 
     def check(self) -> None:
         """Every request that has ended was answered as one server alone would have."""
+        from kvsdk.vllm.harness import Engine
+
         for number, sent in enumerate(self.sent):
             if sent.checked or not self._alive(number) or not self.ended(number):
                 continue
             sent.checked = True
             reason, answer = self.reason(number), self.answer(number)
-            expected = self._engine(number).expected(sent.prompt.tokens, sent.max_tokens, sent.prompt.salt)
+            expected = Engine.expected(sent.prompt.tokens, sent.max_tokens, sent.prompt.salt)
             if reason == "error" and self.policy == "fail":
                 continue
             if reason == "abort" and answer == expected[: len(answer)]:
@@ -393,7 +432,7 @@ class World:
                 (
                     len(one.finish_reasons),
                     sum(map(len, one.outputs.values())),
-                    sum(request.num_computed_tokens for request in one.scheduler.requests.values()),
+                    one.num_computed_tokens,
                     one.num_free_blocks,
                 )
                 for one in self.engines
@@ -430,13 +469,13 @@ class World:
                 continue
             still += 1
             if self.by_hand and still > 4:
-                self.clock.advance(0.5)
+                self._advance(0.5)
                 waited += 0.5
             elif not self.by_hand and all(map(self.ended, range(len(self.sent)))):
                 # Nobody waits for an answer: threads have had half a second for what they still do. After a jump they
                 # need real time to see what time it is; kvsdk's own look once a second.
                 if time.monotonic() - moved > 0.5 + waited / 15:
-                    self.clock.advance(patience / 2)
+                    self._advance(patience / 2)
                     waited += patience / 2
                 time.sleep(0.001)
             if waited > patience:

@@ -63,6 +63,7 @@ class Audit:
 
     Attributes:
         loading: ids of requests whose asynchronous load is under way.
+        answers: tokens that the connector said could be loaded, each time it was asked, by request id.
     """
 
     def __init__(self, engine: Engine):
@@ -74,6 +75,7 @@ class Audit:
         self._matches: dict[str, tuple[int, int, bool]] = {}
         self._grants: list[dict[str, _Grant]] = [{} for _ in engine.workers]
         self.loading: set[str] = set()
+        self.answers: dict[str, list[int]] = {}
         self._delayed: set[str] = set()
         self._snapshots = [[words.copy() for words in worker.words] for worker in engine.workers]
         for connector in (engine.connector, *(worker.connector for worker in engine.workers)):
@@ -124,6 +126,7 @@ class Audit:
                 f"request {request.request_id}: matched {count} tokens past {num_local} of {request.num_tokens}"
             )
         self._matches[request.request_id] = (num_local, count, asynchronous)
+        self.answers.setdefault(request.request_id, []).append(count)
 
     def _allocated(self, _: None, request: Request, blocks: Any, num_external: int) -> None:
         if not num_external:

@@ -17,6 +17,7 @@ import functools
 import inspect
 import itertools
 import json
+import logging
 import math
 import pathlib
 import tempfile
@@ -47,7 +48,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -110,8 +111,10 @@ def _model_folder() -> str:
         "max_position_embeddings": 65536,
         "torch_dtype": "float32",
     }
-    pathlib.Path(folder.name, "config.json").write_text(json.dumps(shape))
-    return folder.name
+    model = pathlib.Path(folder.name, "stand-in")  # engines of several processes compare the model's name
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(shape))
+    return str(model)
 
 
 _keep: list[Any] = []
@@ -140,9 +143,15 @@ def _place(config: VllmConfig, groups: list[KVCacheGroupSpec], num_blocks: int) 
     return get_kv_cache_config_from_groups(config, groups, page * num_blocks)
 
 
-def _allocate(config: KVCacheConfig, block_size: int) -> dict[str, torch.Tensor]:
-    """Layer name to (blocks, HEADS, block_size, CONTENT) float32: one allocation for all layers from 0.29 on."""
+def _allocate(config: KVCacheConfig, block_size: int, mla: bool) -> dict[str, torch.Tensor]:
+    """Layer name to float32 tensor: one allocation for all layers from 0.29 on.
+
+    Of shape (blocks, HEADS, block_size, CONTENT), or (blocks, block_size, HEADS * CONTENT) for latent attention, which
+    has one head and tokens in a row.
+    """
     shape = (config.num_blocks, HEADS, block_size, CONTENT)
+    if mla:
+        shape = (config.num_blocks, block_size, HEADS * CONTENT)
     caches: dict[str, torch.Tensor] = {}
     for tensor in config.kv_cache_tensors:
         memory = torch.zeros(tensor.size // 4, dtype=torch.float32)
@@ -151,6 +160,18 @@ def _allocate(config: KVCacheConfig, block_size: int) -> dict[str, torch.Tensor]
             start = (tensor.offset + i * getattr(tensor, "layer_stride", 0)) // 4
             caches[name] = memory[start : start + math.prod(shape)].view(shape)
     return caches
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the log what vLLM warns of whenever an engine is made: it would bury what a connector says."""
+    vllm = logging.getLogger("vllm")
+    before = vllm.level
+    vllm.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        vllm.setLevel(before)
 
 
 def _accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,20 +210,29 @@ class Worker:
     """One tensor-parallel rank: a KV cache, a worker-role connector, and the stand-in model.
 
     Attributes:
-        kv_caches: layer name to float32 tensor (num_blocks, HEADS, block_size, CONTENT), as vLLM registers them.
+        kv_caches: layer name to float32 tensor, as vLLM registers them; see `_allocate`.
         connector: vLLM's worker-role connector.
     """
 
     def __init__(
-        self, config: VllmConfig, kv_cache_config: KVCacheConfig, rank: int, runner: int, salt_of: Callable[[str], int]
+        self,
+        config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        rank: int,
+        runner: int,
+        salt_of: Callable[[str], int],
+        mla: bool,
     ):
         self.rank, self._runner, self._salt_of, self._config = rank, runner, salt_of, config
         self._block_size = config.cache_config.block_size
         config.parallel_config.rank = rank
         self.connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
-        self.kv_caches = _allocate(kv_cache_config, self._block_size)
+        self.kv_caches = _allocate(kv_cache_config, self._block_size, mla)
         # (layers, blocks, heads, tokens, content) int32 views of the same memory
         self.words = [cache.numpy().view(np.int32) for cache in self.kv_caches.values()]
+        if mla:
+            tiles = (-1, self._block_size, HEADS, CONTENT)
+            self.words = [words.reshape(tiles).swapaxes(1, 2) for words in self.words]
         self.connector.register_kv_caches(self.kv_caches)
         self.connector.set_host_xfer_buffer_ops(copy_kv_blocks)
         self._layers = {name: types.SimpleNamespace(kv_cache=cache) for name, cache in self.kv_caches.items()}
@@ -379,6 +409,7 @@ class Engine:
         num_blocks: blocks in the pool, the null block included.
         async_scheduling: vLLM's `AsyncScheduler` with two steps in flight, CUDA's default.
         model_runner: 1 or 2: how a resumed request is presented to workers.
+        mla: the KV cache is shaped as for latent attention.
         clock: the time of the connectors made through `kvsdk.vllm.binding`, in seconds.
         audit: check after every step who may write and read each block; see `kvsdk.vllm.audit`.
 
@@ -405,6 +436,7 @@ class Engine:
         async_scheduling: bool = False,
         model_runner: int = 1,
         prefix_caching: bool = True,
+        mla: bool = False,
         clock: Callable[[], float] = time.monotonic,
         audit: bool = False,
     ):
@@ -421,6 +453,7 @@ class Engine:
             async_scheduling=async_scheduling,
             model_runner=model_runner,
             prefix_caching=prefix_caching,
+            mla=mla,
             clock=clock,
             audit=audit,
         )
@@ -432,24 +465,32 @@ class Engine:
             enable_chunked_prefill=True,
             async_scheduling=async_scheduling,
         )
-        self.config = VllmConfig(
-            model_config=_model_config(max_model_len),
-            cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
-            scheduler_config=SchedulerConfig(**scheduler_values),
-            parallel_config=ParallelConfig(tensor_parallel_size=world_size),
-            device_config=DeviceConfig("cpu"),
-            kv_transfer_config=KVTransferConfig(**kv_transfer_config),
-        )
+        with _quiet():
+            self.config = VllmConfig(
+                model_config=_model_config(max_model_len),
+                cache_config=CacheConfig(block_size=block_size, enable_prefix_caching=prefix_caching),
+                scheduler_config=SchedulerConfig(**scheduler_values),
+                parallel_config=ParallelConfig(tensor_parallel_size=world_size),
+                device_config=DeviceConfig("cpu"),
+                kv_transfer_config=KVTransferConfig(**kv_transfer_config),
+            )
         self.config.cache_config.num_gpu_blocks = num_blocks
         self.block_size, self.num_blocks = block_size, num_blocks
-        spec = FullAttentionSpec(block_size=block_size, num_kv_heads=HEADS, head_size=CONTENT // 2, dtype=torch.float32)
+        spec = (
+            MLAAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=HEADS * CONTENT, dtype=torch.float32)
+            if mla
+            else FullAttentionSpec(
+                block_size=block_size, num_kv_heads=HEADS, head_size=CONTENT // 2, dtype=torch.float32
+            )
+        )
         names = [f"model.layers.{i}.self_attn.attn" for i in range(layers)]
         self.kv_cache_config = _place(self.config, [KVCacheGroupSpec(names, spec)], num_blocks)
         self._salts: dict[str, int] = {}
         salt_of = lambda request_id: self._salts.get(request_id, 0)  # noqa: E731
         before = CLOCK.set(clock)
         try:
-            self._connect(salt_of, world_size, model_runner, async_scheduling)
+            with _quiet():
+                self._connect(salt_of, world_size, model_runner, async_scheduling, mla)
         finally:
             CLOCK.reset(before)
         handshakes = {(0, worker.rank): worker.connector.get_handshake_metadata() for worker in self.workers}
@@ -473,11 +514,11 @@ class Engine:
         self.audit = Audit(self) if audit else None
 
     def _connect(
-        self, salt_of: Callable[[str], int], world_size: int, model_runner: int, async_scheduling: bool
+        self, salt_of: Callable[[str], int], world_size: int, model_runner: int, async_scheduling: bool, mla: bool
     ) -> None:
         """The parts that make connectors, in vLLM's order."""
         self.workers = [
-            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of) for rank in range(world_size)
+            Worker(self.config, self.kv_cache_config, rank, model_runner, salt_of, mla) for rank in range(world_size)
         ]
         self.config.parallel_config.rank = 0
         values = dict(
@@ -530,7 +571,8 @@ class Engine:
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         self.finish_reasons.setdefault(request_id, "abort")
 
-    def expected(self, prompt: Sequence[int], max_tokens: int, salt: str | None = None) -> list[int]:
+    @staticmethod
+    def expected(prompt: Sequence[int], max_tokens: int, salt: str | None = None) -> list[int]:
         """What the stand-in answers when nothing goes wrong."""
         tokens = list(prompt)
         states = chain(tokens, sum(salt.encode()) if salt is not None else 0)
@@ -627,6 +669,21 @@ class Engine:
     @property
     def num_free_blocks(self) -> int:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Over all requests that have not left the scheduler."""
+        return sum(request.num_computed_tokens for request in self.scheduler.requests.values())
+
+    @property
+    def loading(self) -> frozenset[str]:
+        """Ids of requests whose asynchronous load is under way; known with an audit."""
+        return frozenset(self.audit.loading if self.audit is not None else ())
+
+    @property
+    def answers(self) -> dict[str, list[int]]:
+        """Tokens that the connector said could be loaded, each time it was asked for a request; known with an audit."""
+        return self.audit.answers if self.audit is not None else {}
 
     @property
     def unfinished(self) -> list[str]:

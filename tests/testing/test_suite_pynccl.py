@@ -1,9 +1,10 @@
-"""PyNcclConnector over gloo passes the suite, with both engines in this process."""
+"""PyNcclConnector over gloo passes the suite, each engine in a process of its own."""
 
 from kvsdk.testing.capabilities import PYNCCL as capabilities
 from kvsdk.testing.suite import *  # noqa: F403
 
 connector = "PyNcclConnector"
+processes = True
 
 
 def options(place):
@@ -18,4 +19,4 @@ def ready(engines):
         assert client is None or client.wait_ready(10.0), client.peers()
 
 
-__all__ = ["capabilities", "connector", "options", "ready"]
+__all__ = ["capabilities", "connector", "options", "processes", "ready"]
