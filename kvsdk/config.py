@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
 import importlib.util
 import ipaddress
 import json
@@ -33,7 +35,13 @@ ROLES = ("kv_producer", "kv_consumer", "kv_both")
 PIPES = ("auto", "gloo", "nccl")
 
 OWN_CONNECTORS = frozenset({"PyNcclConnector"})
-"""Connectors whose options are those of `Options`; the options of others are not checked by `transfer_config`."""
+"""Connectors whose options are those of `Options` and no others."""
+
+CONNECTOR_GROUP = "kvsdk.connectors"
+"""Entry-point group in which other packages name their connectors, whose options are `Options` and `option_names`."""
+
+CONNECTORS_MODULE = "kvsdk.vllm.connectors"
+"""The `kv_connector_module_path` under which vLLM finds every connector of kvsdk's interface."""
 
 NEWEST_VLLM_FIELDS = frozenset(
     {
@@ -412,8 +420,9 @@ def transfer_config(config: str | Mapping[str, Any], *, known_fields: Collection
     """The KV transfer config of vLLM's examples, old or new, as the installed vLLM accepts it.
 
     Fields that vLLM's `KVTransferConfig` does not have move to `kv_connector_extra_config`, and
-    `kv_load_failure_policy` becomes `recompute` unless given. The options of a connector of this package are checked
-    at once; those of others are not.
+    `kv_load_failure_policy` becomes `recompute` unless given. The options of a connector of this package, or of one
+    that an installed package names in the entry-point group `kvsdk.connectors`, are checked at once. Those of any other
+    connector, such as vLLM's own, are not, and a warning says so.
 
     Args:
         config: JSON text or the object it stands for.
@@ -421,8 +430,8 @@ def transfer_config(config: str | Mapping[str, Any], *, known_fields: Collection
             release where none is installed.
 
     Raises:
-        ConfigError: it is not JSON, names no connector, gives one option twice with different values, or an option is
-        wrong.
+        ConfigError: it is not JSON, names no connector, gives one option twice with different values, an option is
+            wrong, or an installed package's connector cannot be loaded.
     """
     config = _load_json(config) if isinstance(config, str) else config
     if not isinstance(config, Mapping):
@@ -436,26 +445,60 @@ def transfer_config(config: str | Mapping[str, Any], *, known_fields: Collection
     if not isinstance(extra, Mapping):
         raise ConfigError(f"kv_connector_extra_config is {_type_name(extra)}; make it an object of options")
 
-    own = connector in OWN_CONNECTORS
+    also = _option_names(connector, config.get("kv_connector_module_path"))
     kept: dict[str, Any] = {}
     moved = dict(extra)
     for name, value in config.items():
         if name == "kv_connector_extra_config":
             continue
-        if own and name not in _FIELDS and name not in fields and name not in NEWEST_VLLM_FIELDS:
-            raise ConfigError(f"unknown option {name!r}{_nearest(name, {*_FIELDS, *fields})}")
+        if also is not None and not any(name in known for known in (_FIELDS, also, fields, NEWEST_VLLM_FIELDS)):
+            raise ConfigError(f"unknown option {name!r}{_nearest(name, {*_FIELDS, *also, *fields})}")
         if name in extra and not _same(extra[name], value):
             raise ConfigError(f"{name} is {value!r}, but {extra[name]!r} in kv_connector_extra_config; keep one")
         (kept if name in fields else moved)[name] = value
-    if own:
+    if also is not None:
         # vLLM demands some of its fields at the top, such as kv_role.
         kept.update((name, moved.pop(name)) for name in [*moved] if name in _FIELDS and name in fields)
         # As an extra config, everything counts as given, even a value that happens to be vLLM's own default.
-        parse_options({}, extra={**{name: value for name, value in kept.items() if name in _FIELDS}, **moved})
+        parse_options(
+            {}, extra={**{name: value for name, value in kept.items() if name in _FIELDS}, **moved}, also=also
+        )
     if moved:
         kept["kv_connector_extra_config"] = moved
     kept.setdefault("kv_load_failure_policy", "recompute")
     return kept
+
+
+def _option_names(connector: str, module_path: Any) -> frozenset[str] | None:
+    """The options that a connector has beside those of `Options`; None where they cannot be known here, which is
+    logged unless vLLM is told to load a class of its own kind.
+    """
+    if module_path not in (None, CONNECTORS_MODULE):
+        return None
+    if connector in OWN_CONNECTORS:
+        return frozenset()
+    installed = {point.name: point.value for point in importlib.metadata.entry_points(group=CONNECTOR_GROUP)}
+    by_path = module_path is not None and ":" in connector
+    target = connector if by_path else installed.get(connector)
+    if target is None:
+        (nearest,) = difflib.get_close_matches(connector, sorted({*OWN_CONNECTORS, *installed}), n=1, cutoff=0.0)
+        log.warning(
+            "%s is neither kvsdk's nor an installed package's connector: its options were not checked; the nearest "
+            "known connector is %r",
+            connector,
+            nearest,
+        )
+        return None
+    module, _, name = target.partition(":")
+    try:
+        return frozenset(getattr(importlib.import_module(module), name).option_names)
+    except Exception as error:  # whatever another package does when it is imported
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if by_path:
+            # The server may have a path that this process does not have.
+            log.warning("%s cannot be loaded here (%s): its options were not checked", connector, reason)
+            return None
+        raise ConfigError(f"{connector} cannot be loaded from {target}: {reason}") from error
 
 
 _EXAMPLE = '{"kv_connector": "PyNcclConnector", "kv_role": "kv_producer"}'
@@ -559,7 +602,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("json", metavar="JSON", help=f"such as '{_EXAMPLE}'")
     arguments = parser.parse_args(argv)
     try:
-        print(json.dumps(transfer_config(arguments.json)))
+        # What a connector's package prints when it is imported must not get into the JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            made = json.dumps(transfer_config(arguments.json))
+        print(made)
     except ConfigError as error:
         print(f"kvsdk config: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,9 @@ import json
 import logging
 import math
 import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -324,7 +327,7 @@ def test_own_options_may_stand_at_the_top_and_vllms_in_the_extra_config():
     assert given["kv_connector_extra_config"] == {"kv_role": "kv_both", "pipe": "gloo"}
 
 
-def test_another_connectors_fields_move_but_its_options_are_its_own():
+def test_an_unknown_connectors_fields_move_but_its_options_are_its_own():
     given = {"kv_connector": "TheirConnector", "kv_role": "kv_both", "kv_rank": 0, "path": "/tmp", "lease": "long"}
     assert transfer_config(given, known_fields=config.NEWEST_VLLM_FIELDS) == {
         "kv_connector": "TheirConnector",
@@ -375,6 +378,108 @@ def test_the_command_prints_one_line_of_json(capsys):
     assert err == ""
     assert out.count("\n") == 1
     assert json.loads(out) == transfer_config(OLD_JSON)
+
+
+# Connectors of other packages
+
+FILES = '{"kv_connector": "FileConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"folder": "/var"}}'
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts a package with a connector on Python's path; `FileConnector` is its entry point."""
+
+    def make(source: str = "class FileConnector:\n    option_names = frozenset({'folder'})\n") -> None:
+        info = tmp_path / "file_connector-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: file-connector\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[kvsdk.connectors]\nFileConnector = file_connector:FileConnector\n")
+        (tmp_path / "file_connector.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    sys.modules.pop("file_connector", None)
+
+
+def test_the_entry_point_group_is_the_one_that_vllm_finds_connectors_by():
+    from kvsdk.vllm import connectors
+
+    assert (connectors.GROUP, connectors.__name__) == (config.CONNECTOR_GROUP, config.CONNECTORS_MODULE)
+    assert set(connectors.SHIPPED) == config.OWN_CONNECTORS
+
+
+def test_an_installed_connectors_options_are_checked_as_kvsdks_are(install):
+    install()
+    checked = transfer_config(FILES, known_fields=config.NEWEST_VLLM_FIELDS)
+    assert checked["kv_connector_extra_config"] == {"folder": "/var"}
+    for extra, named in (
+        (
+            {"foldr": "/var"},
+            "unknown option 'foldr' in kv_connector_extra_config; the nearest known option is 'folder'",
+        ),
+        ({"folder": "/var", "load_timeout": 0}, "load_timeout=0 is out of range"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            transfer_config(json.loads(FILES) | {"kv_connector_extra_config": extra})
+    with pytest.raises(ConfigError, match="kv_role is not set"):
+        transfer_config({"kv_connector": "FileConnector", "folder": "/var"})
+
+
+def test_an_installed_connectors_options_may_stand_at_the_top_too(install):
+    install()
+    given = {"kv_connector": "FileConnector", "kv_role": "kv_both", "folder": "/var"}
+    assert transfer_config(given, known_fields=config.NEWEST_VLLM_FIELDS)["kv_connector_extra_config"] == {
+        "folder": "/var"
+    }
+    with pytest.raises(ConfigError, match=r"unknown option 'foldr'; the nearest known option is 'folder'"):
+        transfer_config(given | {"foldr": 1})
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("raise OSError('no\\ndisk')", "OSError: no disk"), ("FileConnector = int", "AttributeError: .*option_names")],
+)
+def test_an_installed_connector_that_cannot_be_loaded_is_a_mistake_on_one_line(install, source, reason, capsys):
+    install(source)
+    assert config.main([FILES]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.search(f"FileConnector cannot be loaded from file_connector:FileConnector: {reason}", err)
+
+
+def test_what_a_package_prints_when_it_is_imported_is_not_in_the_json(install, capsys):
+    install("print('hello')\nclass FileConnector:\n    option_names = frozenset({'folder'})\n")
+    assert config.main([FILES]) == 0
+    out, err = capsys.readouterr()
+    assert err == "hello\n"
+    assert json.loads(out)["kv_connector"] == "FileConnector"
+
+
+def test_a_connector_by_path_is_checked_where_it_can_be_loaded(install, caplog):
+    by_path = {"kv_connector_module_path": "kvsdk.vllm.connectors", "kv_role": "kv_both", "foldr": "/var"}
+    unchecked = transfer_config(by_path | {"kv_connector": "file_connector:FileConnector"})
+    assert unchecked["kv_connector_extra_config"] == {"foldr": "/var"}
+    assert "No module named 'file_connector'): its options were not checked" in caplog.text
+    install()
+    with pytest.raises(ConfigError, match="unknown option 'foldr'"):
+        transfer_config(by_path | {"kv_connector": "file_connector:FileConnector"})
+
+
+def test_an_unknown_connector_may_be_vllms_own_and_gets_a_line_that_names_the_nearest():
+    command = [sys.executable, "-m", "kvsdk.cli", "config", '{"kv_connector": "PyNclConnector", "kv_rol": "kv_both"}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["kv_connector_extra_config"] == {"kv_rol": "kv_both"}
+    assert done.stderr == (
+        "PyNclConnector is neither kvsdk's nor an installed package's connector: its options were not checked; "
+        "the nearest known connector is 'PyNcclConnector'\n"
+    )
+
+
+def test_nothing_is_said_of_a_class_of_vllms_own_kind(caplog):
+    given = {"kv_connector": "PyNcclConnector", "kv_connector_module_path": "theirs", "leas": 1}
+    assert transfer_config(given, known_fields=config.NEWEST_VLLM_FIELDS)["kv_connector_extra_config"] == {"leas": 1}
+    assert not caplog.records
 
 
 # vLLM

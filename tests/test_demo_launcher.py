@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -350,6 +351,50 @@ def test_the_demo_refuses_one_gpu_twice_and_a_model_that_is_not_there(capsys, tm
         with pytest.raises(SystemExit, match="2"):
             run.main(arguments)
         assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The `transfer_config` of each vLLM server that a demo starts, by name; in place of the last one it fails."""
+    configs = {}
+
+    def stand_in(model, *, name, transfer_config, **rest):
+        configs[name] = transfer_config
+        if name == "decode":
+            raise servers.ServerFailed("enough")
+        return SimpleNamespace(name=name, stop=lambda: None)
+
+    monkeypatch.setattr(run, "vllm_server", stand_in)
+    return configs
+
+
+def test_options_of_the_demo_reach_both_servers_of_the_connector(started, tmp_path, capsys):
+    assert run.main(["--model", str(tmp_path), "--options", '{"verify": false, "load_timeout": 5}']) == 1
+    assert "FAIL: enough" in capsys.readouterr().out
+    assert started["alone"] is None
+    for name, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+        assert started[name]["kv_role"] == role
+        extra = started[name]["kv_connector_extra_config"]
+        assert (extra["verify"], extra["load_timeout"]) == (False, 5)
+    assert started["prefill"]["kv_port"] == started["decode"]["kv_port"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--options", '{"verfy": false}'], "unknown option 'verfy' in kv_connector_extra_config"),
+        (["--options", '{"load_timeout": 0}'], "load_timeout=0 is out of range"),
+        (["--options", "{"], "is not valid JSON"),
+        (["--options", "[1]"], "no object of options"),
+        (["--connector", "none", "--options", '{"verify": false}'], "--options without a connector"),
+    ],
+)
+def test_a_wrong_option_ends_the_demo_before_anything_is_made_or_started(started, tmp_path, arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--model", str(tmp_path), *arguments])
+    out, err = capsys.readouterr()
+    assert said in err
+    assert (out, started) == ("", {})
 
 
 def test_a_demo_that_is_interrupted_while_servers_boot_ends_them_all(tmp_path):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ from typing import Any
 
 from kvsdk.config import transfer_config
 from kvsdk.demo.servers import HOST, Server, free_port, vllm_server, wait_all_healthy
-from kvsdk.errors import DeadlineExceeded, KVError
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError
 
 CPU_BLOCK_SIZE = 32
 """Tokens a block on CPUs: the least that vLLM's CPU attention accepts, so that a short text fills several blocks."""
@@ -114,11 +115,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when every answer is that of one server alone and every prompt came over; 1 when not, or when a server failed;
         130 or 143 when it was interrupted. No process that it started is left in any case.
+
+    Raises:
+        SystemExit: an argument or an option of the connector is wrong; with status 2, before anything is started.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        configs = _configs(arguments)
+    except ConfigError as error:
+        parser.error(str(error))
     with Signals() as signals, tempfile.TemporaryDirectory(prefix="kvsdk-demo-") as folder:
         try:
-            return _run(arguments, Path(folder), signals)
+            return _run(arguments, configs, Path(folder), signals)
         except Interrupted as interrupted:
             print(f"stopped by {interrupted}", flush=True)
             return interrupted.status
@@ -127,7 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
 
 
-def _run(arguments: argparse.Namespace, folder: Path, signals: Signals) -> int:
+def _configs(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
+    """`--kv-transfer-config` of each vLLM server, by name. Raises ConfigError as `transfer_config` does."""
+    configs: dict[str, dict[str, Any] | None] = {"alone": None, "prefill": None, "decode": None}
+    if arguments.connector == "none":
+        if arguments.options:
+            raise ConfigError("--options without a connector; name one by --connector")
+        return configs
+    common = {"kv_connector": arguments.connector, "kv_connector_extra_config": arguments.options}
+    common |= {"kv_parallel_size": 2, "kv_port": free_port()}
+    configs["prefill"] = transfer_config(common | {"kv_role": "kv_producer", "kv_rank": 0})
+    configs["decode"] = transfer_config(common | {"kv_role": "kv_consumer", "kv_rank": 1})
+    return configs
+
+
+def _run(
+    arguments: argparse.Namespace, configs: Mapping[str, dict[str, Any] | None], folder: Path, signals: Signals
+) -> int:
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -147,7 +172,7 @@ def _run(arguments: argparse.Namespace, folder: Path, signals: Signals) -> int:
     servers: list[Server] = []
     try:
         with signals.held():
-            _start(arguments, model, logs, servers)
+            _start(arguments, configs, model, logs, servers)
         say(f"starting {', '.join(server.name for server in servers)}; their logs are in {logs}")
         _wait(servers, say)
         alone, _, decode, proxy = servers
@@ -166,13 +191,14 @@ def _run(arguments: argparse.Namespace, folder: Path, signals: Signals) -> int:
     return 1 if faults else 0
 
 
-def _start(arguments: argparse.Namespace, model: Path, logs: Path, servers: list[Server]) -> None:
+def _start(
+    arguments: argparse.Namespace,
+    configs: Mapping[str, dict[str, Any] | None],
+    model: Path,
+    logs: Path,
+    servers: list[Server],
+) -> None:
     """Append to `servers`, as each is started: that which works alone, the prefill and the decode server, the proxy."""
-    configs: dict[str, dict[str, Any] | None] = {"alone": None, "prefill": None, "decode": None}
-    if arguments.connector != "none":
-        common = {"kv_connector": arguments.connector, "kv_parallel_size": 2, "kv_port": free_port()}
-        configs["prefill"] = transfer_config(common | {"kv_role": "kv_producer", "kv_rank": 0})
-        configs["decode"] = transfer_config(common | {"kv_role": "kv_consumer", "kv_rank": 1})
     gpus: dict[str, str] = {}
     args = ["--block-size", str(CPU_BLOCK_SIZE)]
     if arguments.gpus:
@@ -283,6 +309,13 @@ def _parser() -> argparse.ArgumentParser:
         "--connector", default="PyNcclConnector", help="the connector to use, or none (default: %(default)s)"
     )
     parser.add_argument(
+        "--options",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="the connector's options, for the kv_connector_extra_config of the prefill and the decode server",
+    )
+    parser.add_argument(
         "--model", type=_folder, metavar="PATH", help="a checkpoint's folder (default: a small random one)"
     )
     parser.add_argument(
@@ -298,6 +331,16 @@ def _parser() -> argparse.ArgumentParser:
         help="use two CUDA devices, 0 and 1 unless given (default: the CPU)",
     )
     return parser
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no object of options, as '{{\"load_timeout\": 5}}' is")
+    return value
 
 
 def _folder(text: str) -> Path:
