@@ -70,7 +70,7 @@ PYNCCL = Capabilities(
     survives_restart=True,
 )
 
-IN_PROCESS_HANDOVER = dataclasses.replace(PYNCCL, mla=False)
+IN_PROCESS_HANDOVER = PYNCCL
 
 IN_PROCESS_STORE = Capabilities(
     saves=True,
@@ -81,6 +81,7 @@ IN_PROCESS_STORE = Capabilities(
     verifies=True,
     lossy=True,
     tensor_parallel=True,
+    mla=True,
     dynamic_peers=True,
     survives_restart=True,
     restores=True,

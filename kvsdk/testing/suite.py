@@ -23,18 +23,19 @@ connectors that have their own.
 **When required tests are added.** Only in minor releases, never in a patch: a test file that is green stays green
 within a minor release. A new required test is first an optional one for one minor release, and the changelog names it.
 
-Tests that fail print the history that led there as a test that can be pasted. A seed of `random` decides about prompts
-and histories; it is printed, and with pytest-randomly it is that of the run.
+Tests that fail print the history that led there as a test that can be pasted. A seed decides about prompts and
+histories; it is printed, and with the environment variable `KVSDK_SEED` set to it a run repeats.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import pytest
 
@@ -47,22 +48,14 @@ BLOCK = ENGINE["block_size"]
 @pytest.fixture
 def subject(request: pytest.FixtureRequest) -> Subject:
     """The connector under test, from the names of the test's module."""
-    module = request.module
-    return Subject(
-        module.connector,
-        module.capabilities,
-        options=getattr(module, "options", {}),
-        ready=getattr(module, "ready", None),
-        processes=getattr(module, "processes", False),
-        damage=getattr(module, "damage", None),
-    )
+    return Subject.of(request.module)
 
 
 @pytest.fixture
 def seed() -> int:
-    """Decides about prompts and histories."""
-    value = random.randrange(1 << 31)
-    print(f"seed {value}")
+    """Decides about prompts and histories. The environment variable `KVSDK_SEED` sets it."""
+    value = int(os.environ.get("KVSDK_SEED") or random.randrange(1 << 31))
+    print(f"KVSDK_SEED={value}")
     return value
 
 
@@ -125,10 +118,16 @@ def check_loaded(world: World, number: int, tokens: int) -> None:
     whole = min(tokens, length - 1)
     least = whole if world.subject.capabilities.partial_tail else whole // BLOCK * BLOCK
     assert world.cached(number) >= least, (
-        f"{world.cached(number)} of {tokens} tokens were loaded for a prompt of {length}"
+        f"{world.cached(number)} of {tokens} tokens were loaded for a prompt of {length}; {world.explain(number)}"
     )
     for end in ("loads_expired", "saves_expired", "loads_failed", "saves_failed"):
         assert not world.stats(end), f"{world.stats(end):.0f} {end.replace('_', ' ')} although nothing went wrong"
+
+
+def again(world: World, prompt: Prompt, before: int) -> int:
+    """The number of a prefill of this prompt that nobody has asked for: `before`, or a new one where a lookup names it
+    and may have used it up."""
+    return before if world.subject.capabilities.finds_by_prompt else prefill(world, prompt)
 
 
 def begin_load(world: World, prompt: Prompt, after: int) -> int:
@@ -201,34 +200,40 @@ def many(subject: Subject, seed: int, **engine: Any) -> None:
 class BaseMatching:
     """What is found for a prompt is this prompt's, and the answer stands."""
 
-    @needs("finds_by_prompt")
     def test_another_salt_is_another_prompt(self, subject: Subject, seed: int) -> None:
         with World(subject) as world:
             family = 1 + seed % 9
-            prefill(world, Prompt(22, family, salt="one"))
-            other = decode(world, Prompt(22, family, salt="two"))
+            first = prefill(world, Prompt(22, family, salt="one"))
+            other = decode(world, Prompt(22, family, salt="two"), first)
             assert world.cached(other) == 0, "KV of one salt was loaded for another"
-            check_loaded(world, decode(world, Prompt(22, family, salt="one")), 22)
+            prompt = Prompt(22, family, salt="one")
+            check_loaded(world, decode(world, prompt, again(world, prompt, first)), 22)
 
-    @needs("finds_by_prompt", "shared_prefixes")
+    def test_another_prompt_loads_nothing(self, subject: Subject, seed: int) -> None:
+        with World(subject) as world:
+            family = 1 + seed % 9
+            other = decode(world, Prompt(30, family + 1), prefill(world, Prompt(30, family)))
+            assert world.cached(other) == 0, "KV of one prompt was loaded for another"
+
+    @needs("shared_prefixes")
     def test_a_shared_beginning_and_no_more_is_loaded(self, subject: Subject, seed: int) -> None:
         with World(subject) as world:
             family = 1 + seed % 9
-            prefill(world, Prompt(30, family, shared=3 * BLOCK))
-            other = decode(world, Prompt(30, family + 1, shared=3 * BLOCK))
+            first = prefill(world, Prompt(30, family, shared=3 * BLOCK))
+            other = decode(world, Prompt(30, family + 1, shared=3 * BLOCK), first)
             assert world.cached(other) <= 3 * BLOCK
             check_loaded(world, other, 3 * BLOCK)
 
-    @needs("finds_by_prompt")
     @pytest.mark.parametrize("more", [1, BLOCK - 1, BLOCK + 1])
     def test_a_longer_prompt_is_not_the_one_that_was_computed(self, subject: Subject, seed: int, more: int) -> None:
         for length in (BLOCK - 1, BLOCK, 3 * BLOCK, 3 * BLOCK + 2):
             with World(subject) as world:
                 family = 1 + seed % 9
-                prefill(world, Prompt(length, family))
-                longer = decode(world, Prompt(length + more, family))
+                prompt = Prompt(length, family)
+                first = prefill(world, prompt)
+                longer = decode(world, Prompt(length + more, family), first)
                 assert world.cached(longer) <= length
-                decode(world, Prompt(length, family))
+                decode(world, prompt, again(world, prompt, first))
 
     def test_what_an_engine_has_itself_is_left_alone(self, subject: Subject, seed: int) -> None:
         with World(subject) as world:
@@ -302,6 +307,21 @@ class BaseBlocks:
                     break
                 time.sleep(0 if world.by_hand else 0.01)
             assert world.engines[0].num_free_blocks == free, "a lease of 480 s is over and blocks are not back"
+
+    @needs("keeps")
+    def test_kept_blocks_go_back_once_they_were_read(self, subject: Subject, seed: int) -> None:
+        with World(subject, options={"lease": 480.0} if subject.ours else None) as world:
+            free = world.engines[0].num_free_blocks
+            prompt = Prompt(40, family=1 + seed % 9)
+            check_loaded(world, decode(world, prompt, prefill(world, prompt)), 40)
+            deadline = time.monotonic() + 5.0
+            while world.engines[0].num_free_blocks < free:
+                assert time.monotonic() < deadline, (
+                    f"{free - world.engines[0].num_free_blocks} blocks are kept although a consumer has them, long "
+                    "before their lease ends"
+                )
+                world.step(1)
+                world.step(0)
 
     @needs("keeps", "yields")
     def test_unread_blocks_yield_to_new_requests(self, subject: Subject, seed: int) -> None:
@@ -392,6 +412,8 @@ class BaseFailures:
             second = decode(world, prompt, number)
             whole = length - 1 if subject.capabilities.partial_tail else (length - 1) // BLOCK * BLOCK
             assert world.cached(second) < max(whole, 1), "all KV was loaded: `damage` damaged none, or nobody looked"
+            if subject.capabilities.block_errors and length > 2 * BLOCK:
+                assert world.cached(second) >= BLOCK, "the last block was damaged, and the first ones failed as well"
             other = Prompt(30, family=11)
             check_loaded(world, decode(world, other, prefill(world, other)), 30)
 
@@ -555,6 +577,18 @@ class BaseTensorParallel:
 
 
 @optional
+class BaseLatentAttention:
+    """One tensor a layer without heads."""
+
+    @needs("mla")
+    def test_a_cache_of_latent_attention(self, subject: Subject, seed: int) -> None:
+        with World(subject, mla=True) as world:
+            prompt = Prompt(30, family=1 + seed % 9)
+            check_loaded(world, decode(world, prompt, prefill(world, prompt)), 30)
+        many(subject, seed, mla=True)
+
+
+@optional
 class BasePeers:
     """Servers come and go."""
 
@@ -605,8 +639,34 @@ class BasePeers:
             number = decode(world, prompt, prefill(world, prompt))
             if world.cached(number) >= 30 // BLOCK * BLOCK:
                 return
-            assert time.monotonic() < deadline, "nothing is loaded since the peer was replaced"
+            assert time.monotonic() < deadline, (
+                f"nothing is loaded since the peer was replaced; {world.explain(number)}"
+            )
             time.sleep(0.1)
+
+
+@optional
+class BaseDeclared:
+    """Says what the suite leaves open."""
+
+    UNTESTED: ClassVar[Mapping[str, str]] = {
+        "push": "the suite does not see which side begins",
+        "early_announcement": "the suite has no test of it",
+        "unequal_tensor_parallel": "the suite has no test of it",
+        "hybrid_groups": "the suite has no test of it",
+    }
+
+    def test_what_is_declared_is_tested(self, subject: Subject) -> None:
+        can = subject.capabilities
+        reasons = {name: reason for name, reason in self.UNTESTED.items() if getattr(can, name)}
+        if not subject.by_hand:
+            by_hand = _MEANS["by_hand"]
+            reasons |= {"lossy": by_hand} if can.lossy else {}
+            reasons |= {"yields": f"only half of it, that unread blocks go back: {by_hand}"} if can.yields else {}
+            if subject.damage is None:
+                reasons |= {name: _MEANS["damage"] for name in ("verifies", "block_errors") if getattr(can, name)}
+        if reasons:
+            pytest.skip("declared and not tested: " + "; ".join(f"{name} ({why})" for name, why in reasons.items()))
 
 
 class TestAnswers(BaseAnswers):
@@ -645,7 +705,15 @@ class TestTensorParallel(BaseTensorParallel):
     pass
 
 
+class TestLatentAttention(BaseLatentAttention):
+    pass
+
+
 class TestPeers(BasePeers):
+    pass
+
+
+class TestDeclared(BaseDeclared):
     pass
 
 
@@ -653,9 +721,11 @@ __all__ = [
     "TestAborts",
     "TestAnswers",
     "TestBlocks",
+    "TestDeclared",
     "TestEnding",
     "TestFailures",
     "TestHistories",
+    "TestLatentAttention",
     "TestMatching",
     "TestParams",
     "TestPeers",

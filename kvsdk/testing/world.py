@@ -7,6 +7,7 @@ carries its history as a test that can be pasted.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ from kvsdk.connector import Consumer, Producer
 from kvsdk.errors import ConfigError
 from kvsdk.testing.capabilities import Capabilities
 from kvsdk.testing.in_process import Network
+from kvsdk.testing.local import importable, where
 
 if TYPE_CHECKING:
     from kvsdk.testing.engine_process import EngineProcess
@@ -100,12 +102,13 @@ class Subject:
         capabilities: what is declared, and therefore tested.
         ready: waits until these engines have found each other, where that takes time. With `processes`, it is called
             in each engine's process, with that engine alone.
+        module: name of the test module that `of` took it from.
         processes: each engine runs in a process of its own, as servers do, rather than in the test's.
-        damage: damages KV that the connector has stored or is about to send: at least one byte of what the engine at
-            this place would load next, wherever the connector keeps it. Tests of `verifies` need it.
+        damage: damages the last block of what the engine at this place would load next, wherever the connector keeps
+            it: in its store, or on its way. Tests of `verifies` and `block_errors` need it.
 
     Raises:
-        ConfigError: `processes` with a connector whose messages are in a test's hands.
+        ConfigError: `processes` with a connector whose messages are in a test's hands, or which is in no module.
     """
 
     connector: str | type
@@ -114,16 +117,33 @@ class Subject:
     ready: Callable[[Sequence[Engine]], None] | None = None
     processes: bool = False
     damage: Callable[[Place], None] | None = None
+    module: str | None = None
 
     def __post_init__(self) -> None:
         if self.processes and self.by_hand:
             raise ConfigError(f"{self.name} sends messages through one process's memory: it cannot have `processes`")
+        if self.processes and isinstance(self.connector, type) and not importable(self.connector):
+            raise ConfigError(f"{self.connector} is in no module: another process cannot import it")
+
+    @classmethod
+    def of(cls, module: Any) -> Subject:
+        """The connector that a test module names: see `kvsdk.testing.suite`.
+
+        Raises:
+            AttributeError: the module has no `connector` or no `capabilities`.
+        """
+        names = {field.name for field in dataclasses.fields(cls)} - {"module"}
+        given = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        return cls(
+            **{"connector": module.connector, "capabilities": module.capabilities} | given, module=module.__name__
+        )
 
     @property
     def name(self) -> str:
+        """What a `kv_connector` of vLLM's configuration would say."""
         if isinstance(self.connector, str):
             return self.connector
-        return f"{self.connector.__module__}:{self.connector.__qualname__}"
+        return ":".join(where(self.connector))
 
     @property
     def ours(self) -> bool:
@@ -176,6 +196,7 @@ class _Sent:
     prompt: Prompt
     max_tokens: int
     incarnation: int
+    params: Mapping[str, Any] | None
     checked: bool = False
 
 
@@ -226,20 +247,17 @@ class World:
     def _make(self, index: int) -> Engine | EngineProcess:
         subject, role = self.subject, self.roles[index]
         asked = subject.options
-        extra = dict(asked(self.place(index)) if callable(asked) else asked)
+        extra = dict(asked(self.place(index)) if callable(asked) else asked or {})
         if self.by_hand:
             extra["network"] = self.network.name
         if subject.ours:
             extra = {**DEADLINES, **extra, **self._more}
-            where = {"kv_connector": subject.name, "kv_connector_module_path": "kvsdk.vllm.connectors"}
+            loaded = {"kv_connector": subject.name, "kv_connector_module_path": "kvsdk.vllm.connectors"}
         else:
-            assert isinstance(subject.connector, type)
             extra |= self._more
-            where = {
-                "kv_connector": subject.connector.__name__,
-                "kv_connector_module_path": subject.connector.__module__,
-            }
-        config = where | {
+            module, _, name = subject.name.partition(":")
+            loaded = {"kv_connector": name, "kv_connector_module_path": module}
+        config = loaded | {
             "kv_role": role,
             "kv_load_failure_policy": self.policy,
             "kv_connector_extra_config": extra,
@@ -287,6 +305,9 @@ class World:
     ) -> int:
         """Send a request; returns its number.
 
+        Without `after`, a request to a producer carries `{"do_remote_decode": True}`, which is what proxies send, if
+        the connector `finds_by_params`; any other request carries no `kv_transfer_params`.
+
         Args:
             prompt: or its length.
             after: the number of a request whose answer's `kv_transfer_params` go along, as a proxy would pass them on.
@@ -299,7 +320,7 @@ class World:
                 params = self.engines[self.sent[after].engine].params.get(self.name(after))
             elif self.subject.capabilities.finds_by_params and self.roles[engine] == "kv_producer":
                 params = {"do_remote_decode": True}
-            self.sent.append(_Sent(engine, prompt, max_tokens, self.incarnations[engine]))
+            self.sent.append(_Sent(engine, prompt, max_tokens, self.incarnations[engine], params))
             self.engines[engine].add(
                 self.name(number), prompt.tokens, max_tokens=max_tokens, salt=prompt.salt, params=params
             )
@@ -460,9 +481,8 @@ class World:
             if until():
                 return
             rounds += 1
-            if rounds > 5000 if self.by_hand else time.monotonic() - began > 60:
-                waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
-                raise NeverEnds(f"requests {waiting} go round and round: engines are busy and nothing ends")
+            if rounds > 5000 if self.by_hand else time.monotonic() - began > 40:
+                raise NeverEnds(f"engines are busy and nothing ends: {self._waiting()}")
             now = self._progress()
             if now != last:
                 last, still, waited, moved = now, 0, 0.0, time.monotonic()
@@ -479,11 +499,12 @@ class World:
                     waited += patience / 2
                 time.sleep(0.001)
             if waited > patience:
-                waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
-                raise NeverEnds(
-                    f"after {patience} s of silence requests {waiting} wait; engines hold "
-                    f"{[one.num_blocks - 1 - one.num_free_blocks for one in self.engines]} blocks"
-                )
+                raise NeverEnds(f"after {patience} s of silence: {self._waiting()}")
+
+    def _waiting(self) -> str:
+        waiting = [number for number in range(len(self.sent)) if not self.ended(number)]
+        taken = [f"{one.num_blocks - 1 - one.num_free_blocks} of {one.num_blocks - 1}" for one in self.engines]
+        return f"requests {waiting} wait; of the engines' blocks {', '.join(taken)} are taken; {self.explain(-1)}"
 
     def settle(self, patience: float = 70.0) -> None:
         """Deliver everything, let every deadline pass that something waits for, and check that nothing is left.
@@ -509,10 +530,12 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: Any) -> None:
         try:
-            if kind is None:
+            if error is None:
                 self.settle()
+            elif isinstance(error, Exception):
+                self.note(error)
         finally:
             self.close()
 
@@ -525,12 +548,31 @@ class World:
             arguments.append(f"options={self._more!r}")
         arguments += [f"{name}={value!r}" for name, value in self._engine_options.items()]
         lines = "".join(f"            {entry!r},\n" for entry in self.history)
-        return (
-            "from kvsdk.testing import Prompt, Subject, replay\n\n\n"
-            "def test_found_by_the_state_machine():\n"
-            f"    replay(\n        Subject({self.subject.name!r}, ...),  # capabilities and options as in your suite\n"
-            f"        [\n{lines}        ],\n        {', '.join(arguments)},\n    )\n"
+        module = self.subject.module
+        subject = (
+            f"Subject.of({module})"
+            if module
+            else f"Subject({self.subject.name!r}, ...),  # with capabilities and options as here"
         )
+        return (
+            (f"import {module}\n\n" if module else "")
+            + "from kvsdk.testing import Prompt, Subject, replay\n\n\n"
+            + "def test_this_history():\n"
+            + f"    replay(\n        {subject.rstrip(',')}{',' if module else ''}\n"
+            + f"        [\n{lines}        ],\n        {', '.join(arguments)},\n    )\n"
+        )
+
+    def explain(self, number: int) -> str:
+        """What is known about a request's loading, for the message of a test that expected more of it."""
+        sent = self.sent[number]
+        answers = self.engines[sent.engine].answers.get(self.name(number), [])
+        counted = ", ".join(f"{value:.0f} {name}" for name, value in sorted(self._counted().items())) or "nothing"
+        return (
+            f"its lookups answered {answers} tokens; kv_transfer_params: {sent.params}; all engines counted {counted}"
+        )
+
+    def _counted(self) -> collections.Counter[str]:
+        return sum((one.stats for one in self.engines), collections.Counter())
 
 
 def replay(subject: Subject, history: Sequence[tuple[Any, ...]], **world: Any) -> None:

@@ -27,7 +27,7 @@ def targets() -> dict[str, str]:
 
 def __getattr__(name: str) -> type:
     target = name if ":" in name else targets().get(name)
-    if target is None or name.startswith("__"):
+    if target is None:
         raise AttributeError(
             f"no connector {name!r}; known are {', '.join(sorted(targets()))}, or name one as module:Class"
         )

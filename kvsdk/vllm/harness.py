@@ -164,7 +164,7 @@ def _allocate(config: KVCacheConfig, block_size: int, mla: bool) -> dict[str, to
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from the log what vLLM warns of whenever an engine is made: it would bury what a connector says."""
+    """Keep vLLM's warnings, the same for every engine, from the log: they would bury what a connector says."""
     vllm = logging.getLogger("vllm")
     before = vllm.level
     vllm.setLevel(logging.ERROR)
@@ -720,7 +720,8 @@ class Engine:
 
     def reset(self) -> bool:
         """vLLM's `reset_prefix_cache`, the connector's part included."""
-        return bool(self.scheduler.reset_prefix_cache(reset_connector=True))
+        with _quiet():
+            return bool(self.scheduler.reset_prefix_cache(reset_connector=True))
 
     def kill(self) -> None:
         """The engine dies where it stands: with requests, loads and holds open. As near as one process comes to it:

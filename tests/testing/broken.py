@@ -319,7 +319,7 @@ class AnswersDifferentlyEachTime(NativeStore):
             self.matched[request.request_id] = last, names
 
 
-@found_by("BaseAnswers.test_a_prompt_of_one_token_is_answered", says="round and round|silence|1 of 1")
+@found_by("BaseAnswers.test_a_prompt_of_one_token_is_answered", says="nothing ends|silence|1 of 1")
 class OffersOneTokenPrompts(NativeStore):
     """vLLM steps back to zero for the last token, and asks again, for ever."""
 
@@ -336,7 +336,7 @@ class OffersOneTokenPrompts(NativeStore):
             self.loading.add(request.request_id)
 
 
-@found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="round and round|0 of 12|silence")
+@found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="nothing ends|0 of 12|silence")
 class LooksTheSameBadBlockUpAgain(NativeStore):
     """A load that failed is offered again, for ever (vllm#55297)."""
 
@@ -437,6 +437,43 @@ class _WritesAfterTheEnd(HandOverWorker):
 @found_by("BaseFailures.test_an_answer_that_comes_too_late_is_left_alone", 3, says="no open load was granted|wrong KV")
 class WritesAfterTheTaskEnded(hand_over(worker=_WritesAfterTheEnd)):
     """Freed blocks were used again while an older step still wrote them (vllm#45357)."""
+
+
+PARAMS_ONLY = dataclasses.replace(IN_PROCESS_HANDOVER, finds_by_prompt=False)
+
+
+class _TrustsTheId(HandOverScheduler):
+    """Whoever knows a transfer's id gets its KV."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.offered = {}
+
+    def finished(self, request, blocks):
+        keep = super().finished(request, blocks)
+        if keep is not None:
+            self.offered[keep.hold_id] = request.keys.to_wire()
+        return keep
+
+    def on_find(self, *, keys, transfer_id, **more):
+        super().on_find(keys=self.offered.get(transfer_id, keys), transfer_id=transfer_id, **more)
+
+
+@found_by("BaseMatching.test_another_prompt_loads_nothing", says="wrong KV|another", can=PARAMS_ONLY)
+class TrustsTheId(hand_over(_TrustsTheId)):
+    pass
+
+
+class _NeverReleases(HandOverScheduler):
+    """The consumer never says that it has the blocks: only the lease ends what it read."""
+
+    def load_ended(self, request, hit, ok):
+        del self._lookups[request.id]
+
+
+@found_by("BaseBlocks.test_kept_blocks_go_back_once_they_were_read", says="although a consumer has them")
+class NeverReleases(hand_over(_NeverReleases)):
+    pass
 
 
 class _KeepsOffers(HandOverWorker):

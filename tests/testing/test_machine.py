@@ -30,11 +30,12 @@ def test_a_failure_carries_its_shortest_history_which_can_be_played_again():
         check_histories(subject, seed=1)
     (note,) = [note for note in found.value.__notes__ if "def test_" in note]
     source = note.replace(f"Subject({subject.name!r}, ...)", "subject")
+    assert source != note
     told = {"subject": subject}
     exec(source, told)  # what is pasted is what runs
     assert source.count("'add'") == 2, "two requests are enough to show it"
     with pytest.raises(type(found.value)):
-        told["test_found_by_the_state_machine"]()
+        told["test_this_history"]()
 
 
 def test_the_same_seed_tries_the_same_histories():
