@@ -200,7 +200,7 @@ class BoundConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_where_vllm_logs()
+        _log_where_vllm_logs("kvsdk", self.connector.__module__.partition(".")[0])
         try:
             self._set_up(vllm_config, role, kv_cache_config)
         except ConfigError as error:
@@ -438,14 +438,16 @@ def bind(connector: type[Connector]) -> type[BoundConnector]:
     )
 
 
-def _log_where_vllm_logs() -> None:
-    """vLLM gives handlers to its own loggers only; unless the process has set up logging itself, kvsdk's lines go
-    there, too.
+def _log_where_vllm_logs(*names: str) -> None:
+    """vLLM gives handlers to its own loggers only; unless the process has set up logging itself, the lines of these
+    loggers go there, too.
     """
-    ours, theirs = logging.getLogger("kvsdk"), logging.getLogger("vllm")
-    if not ours.hasHandlers() and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
+    theirs = logging.getLogger("vllm")
+    for ours in map(logging.getLogger, names):
+        if not ours.hasHandlers() and theirs.handlers:
+            ours.handlers = list(theirs.handlers)
+            if ours.level == logging.NOTSET:
+                ours.setLevel(theirs.level)
 
 
 def _attention_backend(vllm_config: VllmConfig) -> str:
