@@ -28,7 +28,7 @@ demo: $(STAMP)  ## hand prompts from one vLLM server to another on this machine 
 test: $(STAMP)  ## the tests that need no GPU, but for the slow ones (pytest -m slow)
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
 
-compat: $(STAMP)  ## the contract tests against the Python sources of the oldest and the newest vLLM
+compat: $(STAMP)  ## the contract tests and the suite against the Python sources of the oldest and the newest vLLM
 	scripts/compat.sh $(VENV) $(COMPAT_VERSIONS)
 
 gpu:  ## the tests that need CUDA devices, in the Python that is active (with vLLM and this package installed)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the contract tests against the Python sources of other vLLM releases: compat.sh VENV VERSION...
+# Run the contract tests and the conformance suite against the Python sources of other vLLM releases:
+# compat.sh VENV VERSION...
 #
 # The scheduler, the block manager and the connector base class are Python, so a release's source distribution is
 # enough; everything it imports comes from VENV, which holds vLLM 0.32.0 and what that needs.
@@ -31,12 +32,21 @@ fetch() { # VERSION: leaves the unpacked sources in .cache/vllm-VERSION
     rm -rf "$partial"
 }
 
-failed=()
+# One core each: a release's tests use little more.
+declare -A logs pids
 for version in "$@"; do
     fetch "$version"
-    echo "== contract tests against the sources of vLLM $version"
-    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m compat tests/contract ||
-        failed+=("$version")
+    logs[$version]=$(mktemp)
+    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -p no:cacheprovider \
+        -m "compat and not slow" tests/contract tests/testing >"${logs[$version]}" 2>&1 &
+    pids[$version]=$!
+done
+trap 'kill "${pids[@]}" 2>/dev/null; rm -f "${logs[@]}"' EXIT
+failed=()
+for version in "$@"; do
+    wait "${pids[$version]}" || failed+=("$version")
+    echo "== contract tests and the conformance suite against the sources of vLLM $version"
+    cat "${logs[$version]}"
 done
 echo "== vLLM's toy proxies, from these sources, in front of two servers of the installed vLLM"
 "$python" -m pytest tests/servers/test_toy_proxies.py || failed+=("toy proxies")

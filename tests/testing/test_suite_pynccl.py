@@ -1,5 +1,7 @@
 """PyNcclConnector over gloo passes the suite, each engine in a process of its own."""
 
+import pytest
+
 from kvsdk.testing.capabilities import PYNCCL as capabilities
 from kvsdk.testing.suite import *  # noqa: F403
 
@@ -18,5 +20,7 @@ def ready(engines):
         client = engine.connector._scheduler._half._client
         assert client is None or client.wait_ready(10.0), client.peers()
 
+
+pytestmark = pytest.mark.compat
 
 __all__ = ["capabilities", "connector", "options", "processes", "ready"]
