@@ -4,14 +4,14 @@ import os
 import threading
 
 import pytest
-from test_suite_pynccl import capabilities, options, ready
+from test_suite_pynccl import capabilities, connector, options, ready
 
 from kvsdk.errors import ConfigError
 from kvsdk.testing import HandOverConnector, Prompt, Subject, World
 from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER
 from kvsdk.testing.engine_process import EngineFailed
 
-SUBJECT = Subject("PyNcclConnector", capabilities, options=options, ready=ready, processes=True)
+SUBJECT = Subject(connector, capabilities, options=options, ready=ready, processes=True)
 
 
 def leave_a_thread(engines):
@@ -68,7 +68,7 @@ def test_a_process_that_dies_is_a_failure_at_once():
 
 
 def test_threads_that_are_left_are_named():
-    subject = Subject("PyNcclConnector", capabilities, options=options, ready=leave_a_thread, processes=True)
+    subject = Subject(connector, capabilities, options=options, ready=leave_a_thread, processes=True)
     with pytest.raises(EngineFailed, match="left-behind"):
         with World(subject):
             pass

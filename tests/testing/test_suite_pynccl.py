@@ -1,18 +1,50 @@
 """PyNcclConnector over gloo passes the suite, each engine in a process of its own."""
 
+import pathlib
+
 import pytest
 
+from kvsdk.connectors.pynccl import PyNcclConnector
+from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.testing.capabilities import PYNCCL as capabilities
 from kvsdk.testing.suite import *  # noqa: F403
 
-connector = "PyNcclConnector"
+
+class Worker(PyNcclWorker):
+    """Damages the last block that it receives, once for each time that a test asks for it."""
+
+    def join(self, invite, bind_ip, deadline):
+        pipe = super().join(invite, bind_ip, deadline)
+        asked = pathlib.Path(self.context.options.extra["folder"], "damage")
+        receive = pipe.recv
+
+        def recv(tensor, deadline):
+            receive(tensor, deadline)
+            if asked.exists():
+                asked.unlink()
+                tensor[-1] ^= 1
+
+        pipe.recv = recv
+        return pipe
+
+
+class connector(PyNcclConnector):
+    worker_half = Worker
+    option_names = frozenset({"folder"})
+
+
 processes = True
 
 
 def options(place):
+    common = {"folder": place.folder}
     if place.role == "kv_producer":
-        return {"kv_port": place.ports[place.index]}
-    return {"producers": [f"127.0.0.1:{port}" for port in place.producer_ports]}
+        return {"kv_port": place.ports[place.index], **common}
+    return {"producers": [f"127.0.0.1:{port}" for port in place.producer_ports], **common}
+
+
+def damage(place):
+    pathlib.Path(place.folder, "damage").touch()
 
 
 def ready(engines):
@@ -23,4 +55,4 @@ def ready(engines):
 
 pytestmark = pytest.mark.compat
 
-__all__ = ["capabilities", "connector", "options", "processes", "ready"]
+__all__ = ["capabilities", "connector", "damage", "options", "processes", "ready"]
