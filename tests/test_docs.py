@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import dataclasses
+import importlib.util
 import json
 import re
+import shlex
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import kvsdk
-from kvsdk.config import options_table, parse_options, transfer_config
+from kvsdk.config import Options, options_table, parse_options, transfer_config
 
 ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples/my_connector"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONFIG_COMMAND = re.compile(r"kvsdk config '(\{.*?\})'", re.DOTALL)
@@ -96,7 +101,7 @@ def test_no_page_has_python_that_is_not_run():
 
 def test_the_connector_page_builds_the_example():
     """Every file of the example is on the page, in pieces and whole; tests/testing/test_my_connector.py runs it."""
-    page, example = ROOT / "docs/write_a_connector.md", ROOT / "examples/my_connector"
+    page, example = ROOT / "docs/write_a_connector.md", EXAMPLE
     pieces: dict[str, list[str]] = {}
     for text in [*blocks(page, "toml"), *blocks(page, "python")]:
         file = re.match(r"# ([\w/]+\.\w+)(, continued)?\n", text)
@@ -118,7 +123,7 @@ def test_a_class_for_vllm_can_be_made_in_a_module_of_the_authors_own(workshop, m
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    monkeypatch.syspath_prepend(ROOT / "examples/my_connector")
+    monkeypatch.syspath_prepend(EXAMPLE)
     assert write_modules(ROOT / "docs/authors.md", workshop) == ["connector_for_vllm"]
     config = KVTransferConfig(
         kv_connector="FileConnector", kv_connector_module_path="connector_for_vllm", kv_role="kv_both"
@@ -153,14 +158,111 @@ def test_the_config_for_python_users_is_vllms(workshop):
     assert isinstance(importlib.import_module("offline").config(), KVTransferConfig)
 
 
+# ---- the reference
+
+
+def test_the_reference_is_what_its_script_writes():
+    written = reference().page()
+    assert (ROOT / "docs/reference.md").read_text() == written, "run: python scripts/reference.py"
+
+
+def test_the_reference_has_every_public_name_of_the_interface_and_the_kit():
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    for module in ("kvsdk.connector", "kvsdk.testing"):
+        assert set(importlib.import_module(module).__all__) <= set(headings), module
+
+
+def test_every_member_of_the_interface_says_what_it_is_for():
+    text = section(ROOT / "docs/reference.md", "## kvsdk.connector")
+    members = [line for line in text.splitlines() if re.match(r"- (`|the )", line)]
+    silent = [line for line in members if not re.match(r"- (`[^`]+`(, [a-z ]+)?|the constructor): \S", line)]
+    assert len(members) >= 60
+    assert [line for line in silent if not re.fullmatch(r"- `[A-Z_]+ = '[a-z ]+'`", line)] == []
+
+
+def test_the_reference_shows_no_private_names():
+    text = (ROOT / "docs/reference.md").read_text()
+    assert re.findall(r"^(?:### |- `)_\w+", text, re.MULTILINE) == []
+    assert "dataclass" not in text and "<factory>" not in text and "default_factory" not in text
+
+
+def reference():
+    """scripts/reference.py as a module."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts/reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # ---- commands and options
 
 
-def test_every_config_command_is_accepted():
+@pytest.fixture
+def file_connector(workshop, monkeypatch):
+    """The example is on Python's path, with its entry point, as if it were installed."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    (group, points), *others = project["entry-points"].items()
+    assert not others
+    info = workshop / "my_connector.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+    monkeypatch.syspath_prepend(EXAMPLE)
+    yield
+    sys.modules.pop("my_connector", None)
+
+
+def test_every_config_command_is_accepted(file_connector, caplog):
     commands = [(page, text) for page in PAGES for text in CONFIG_COMMAND.findall(page.read_text()) if "…" not in text]
-    assert len(commands) >= 8
+    assert len(commands) >= 9
     for page, text in commands:
-        assert transfer_config(text)["kv_connector"] == "PyNcclConnector", f"{page.name}: {text}"
+        known = ("PyNcclConnector", "FileConnector")
+        assert transfer_config(text)["kv_connector"] in known, f"{page.name}: {text}"
+    assert "not checked" not in caplog.text
+
+
+def test_every_demo_command_is_accepted(file_connector):
+    from kvsdk.demo import run
+
+    commands = [
+        (page, shlex.split(command)[2:])
+        for page in PAGES
+        for command in re.findall(r"^kvsdk demo .*$", page.read_text(), re.MULTILINE)
+    ]
+    assert commands
+    for page, arguments in commands:
+        assert run._configs(run._parser().parse_args(arguments))["decode"], f"{page.name}: {arguments}"
+
+
+def test_the_options_table_for_authors_names_options_of_kvsdk():
+    listed = re.findall(r"^\| (.*?) \|", section(ROOT / "docs/authors.md", "## Options"), re.MULTILINE)[2:]
+    names = [name for cell in listed for name in re.findall(r"`(\w+)`", cell)]
+    assert len(names) >= 10
+    assert set(names) <= {field.name for field in dataclasses.fields(Options)}
+
+
+def test_the_page_for_authors_says_what_is_in_a_model():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from kvsdk.vllm.binding import _model_identity
+
+    absent = SimpleNamespace(hf_text_config=None, model="an/id", dtype="float32")
+    config = SimpleNamespace(model_config=absent, cache_config=SimpleNamespace(cache_dtype="auto"))
+    text = section(ROOT / "docs/authors.md", "## Which KV means the same")
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert listed == list(_model_identity(config, Options(kv_role="kv_both")))
+
+
+def test_the_page_for_authors_tells_the_lifecycles_counters_from_others():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from kvsdk.connector.tasks import TaskState
+    from kvsdk.vllm.stats import COUNTERS
+
+    text = section(ROOT / "docs/authors.md", "## Logs and counters")
+    named = [name for name in re.findall(r"`(\w+)`", text) if name in COUNTERS]
+    own = [f"{what}_{end.value}" for what in ("loads", "saves") for end in TaskState if end is not TaskState.OPEN]
+    assert named == list(COUNTERS)
+    assert named[:6] == own
 
 
 def test_every_option_of_the_proxy_that_a_page_names_is_one(capsys):

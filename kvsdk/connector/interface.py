@@ -6,7 +6,8 @@ is `kvsdk.connector.lifecycle`; an author never sees vLLM's scheduler output, fo
 
 Threads: vLLM calls every method here from one thread of the process, which in the worker is the thread that runs the
 model. None may wait for a peer, a disk or a network. Work that does goes to a thread of the author's own, which ends
-the task it was given.
+the task it was given. What vLLM calls before the server answers its first request may wait, with a deadline: the
+constructors, `register`, `handshake` and `start`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kvsdk.connector")
 
 BlockIds = tuple[np.ndarray, ...]
-"""Block ids of one request: one int32 array for each KV cache group, in prompt order."""
+"""Block ids of one request: a tuple with one 1-D int32 array for each KV cache group, in prompt order."""
 
 
 class AskAgain(enum.Enum):
@@ -43,6 +44,7 @@ class AskAgain(enum.Enum):
 
 
 ASK_AGAIN: Literal[AskAgain.ASK_AGAIN] = AskAgain.ASK_AGAIN
+"""`AskAgain.ASK_AGAIN`, by a shorter name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,15 @@ class Context:
     """What a half knows of the server it runs in.
 
     Attributes:
-        options: the parsed configuration; options that an author's connector declares are in `options.extra`.
-        engine_id: vLLM's id of this server's engine, different for every start.
+        options: the checked configuration, a `kvsdk.config.Options`; the options that an author's connector declares
+            in `option_names` are in the dict `options.extra`, as they were given.
+        engine_id: vLLM's id of this server's engine; vLLM makes up one for each start unless the operator sets it.
         rank: tensor-parallel rank of this worker; 0 in the scheduler half.
         world_size: number of workers.
-        model: plain values that must be equal on two servers for their KV to mean the same.
+        model: plain values that must be equal on two servers for their KV to mean the same, beside the layout: `id`,
+            the option `model_id` or else the last part of the model's path or repository name; `revision`; `dtype`;
+            `quantization` or None; `kv_cache_dtype`; and `config`, a dict of the sizes that shape attention's keys and
+            values. A connector cannot see weights: two checkpoints of one shape differ by `id` alone.
         cache: sizes of one worker's KV cache.
         clock: seconds, like `time.monotonic`; every deadline is on this clock.
     """
@@ -93,7 +99,8 @@ class RequestView:
     Attributes:
         id: vLLM's request id. It differs between servers for the same prompt: never a key.
         prompt: int32 array (P,), the prompt's token ids.
-        kv_transfer_params: what the client or a proxy sent along; untrusted.
+        block_size: tokens of a block in vLLM's cache, and of each of the prompt's `keys`.
+        kv_transfer_params: what the client or a proxy sent along, or None; untrusted.
         root: bytes that separate caches (salt, LoRA, multimodal content), mixed into every key.
     """
 
@@ -114,6 +121,7 @@ class RequestView:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
         return len(self.prompt)
 
     @property
@@ -128,7 +136,7 @@ class RequestView:
 
     @property
     def keys(self) -> PrefixKeys:
-        """The prompt's prefix keys; waits (microseconds a block) when `keys_ready` is false."""
+        """The prompt's prefix keys; waits (microseconds a block) when `keys_ready` is false. Any thread may ask."""
         if self._keys is None:
             from kvsdk.buffer.keys import prefix_keys
 
@@ -143,7 +151,9 @@ class Hit:
 
     Attributes:
         num_tokens: tokens from the start of the prompt, local ones included: a multiple of the block size, or the whole
-        prompt. source: picklable, handed to the worker half with the load.
+            prompt.
+        source: anything that pickles; each worker gets it as `LoadTask.source`, unless `ConsumerScheduler.granted`
+            returns another.
     """
 
     num_tokens: int
@@ -156,7 +166,7 @@ class Keep:
 
     Attributes:
         hold_id: names the hold; unique while it lasts. `Holds.give_back(hold_id)` ends it.
-        params: becomes `kv_transfer_params` of the response.
+        params: plain values; becomes `kv_transfer_params` of the response.
     """
 
     hold_id: str
@@ -172,11 +182,23 @@ class Holds(ABC):
 
 
 class _Half:
+    context: Context
+    """What this half knows of its server; set by the constructor."""
+
     def __init__(self, context: Context):
+        """Called once, at the start of the server. May wait, with a deadline.
+
+        Raises:
+            ConfigError: an option is missing or wrong. It ends the start, and the message is a line in the log.
+        """
         self.context = context
 
     def close(self) -> None:
-        """Stop threads and close sockets, within `options.close_timeout` seconds; called once or more."""
+        """Stop threads and close sockets, within `options.close_timeout` seconds; called once or more, or never.
+
+        Nothing but the connector itself sees to the time. vLLM does not close in every release and case, and never
+        when it is killed.
+        """
 
 
 class SchedulerHalf(_Half, ABC):
@@ -185,12 +207,19 @@ class SchedulerHalf(_Half, ABC):
     def start(self, workers: list[dict[str, Any]]) -> None:
         """All workers have registered their KV caches; `workers[rank]` is what `WorkerHalf.handshake` returned there.
 
+        Called once, before the first request. May wait, with a deadline.
+
         Raises:
             ConfigError: the server cannot start so, for example because a port is in use.
         """
 
     def reset(self) -> bool:
-        """vLLM's `reset_prefix_cache(reset_connector=True)`: forget what can be found. False if it cannot."""
+        """vLLM's `reset_prefix_cache(reset_connector=True)`, after new weights for example: forget what can be found.
+
+        Returns:
+            True when no `find` from now on finds KV that was computed before; False when that cannot be promised, as
+            where other servers share the store. vLLM then answers that the reset failed.
+        """
         return True
 
     def tick(self) -> None:
@@ -204,38 +233,58 @@ class ConsumerScheduler(SchedulerHalf):
     def find(self, request: RequestView, num_local_tokens: int) -> Hit | AskAgain | None:
         """How much of the prompt can be loaded, given that vLLM has the first `num_local_tokens` itself.
 
-        Called once a step while the request waits: answer at once, the same each time unless the KV is gone (then
-        `None`).
+        Called once a step while the request waits, until it is granted or the answer is `None` or a hit of no more than
+        `num_local_tokens`: answer at once, the same each time unless the KV is gone (then `None`).
+
+        Returns:
+            A `Hit`; `None` when there is nothing, which is final for this request; or `ASK_AGAIN`, which is taken for
+            `None` when `lookup_timeout` and one second have passed since the first call.
         """
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Any:
-        """vLLM allocated blocks for tokens up to `num_tokens` (at most the hit's); returns the `source` for the
-        workers.
+        """vLLM allocated blocks for tokens up to `num_tokens`, which is at most the hit's.
+
+        Returns:
+            The `LoadTask.source` for the workers; it must pickle. The hit's own unless overridden.
         """
         return hit.source
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
-        """All workers ended a granted load; `ok` when every block arrived."""
+        """All workers ended a granted load; `ok` when every block arrived. Comes once for each `granted`."""
 
     def forget(self, request: RequestView) -> None:
-        """The request will not load: aborted, covered locally, or out of time. Follows `find`, unless `granted` did."""
+        """The request will not load: `find` answered `None`, it was aborted, vLLM has the blocks itself, or time is up.
+
+        Comes once for each request that `find` was asked about, unless `granted` did.
+        """
 
 
 class ProducerScheduler(SchedulerHalf):
     """Decides what is kept or saved."""
 
     holds: Holds
-    """Set by the lifecycle before `start`."""
+    """Ends holds; set by the lifecycle before `start`."""
 
     def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
-        """A prompt was computed and the request ended well; `blocks` hold the prompt: keep them, or not."""
+        """A prompt was computed and the request ended well: keep its blocks, or not (`None`, the default).
+
+        Args:
+            blocks: hold the whole prompt, its partly filled last block included, and nothing of the answer but what
+                shares that block.
+        """
         return None
 
     def give_up(self, num_blocks: int) -> None:
         """vLLM needs `num_blocks` blocks now: give back holds that nobody reads, the oldest first."""
 
     def save_from(self, request: RequestView) -> int | None:
-        """From which prompt token on blocks are saved as they are computed; `None` (the default) for not at all."""
+        """From which prompt token on blocks are saved as they are computed; `None` (the default) for not at all.
+
+        Asked once, when the request arrives and before `find`. A token in the middle of a block stands for the whole
+        block. Every block from there to the prompt's end comes to the workers as part of a `SaveTask`: those that this
+        connector loaded or that vLLM had in its prefix cache as well, and some twice when the request was preempted or
+        a load failed. Skip those that are saved already.
+        """
         return None
 
 
@@ -243,14 +292,26 @@ class WorkerHalf(_Half, ABC):
     """Common to both directions, in each worker process."""
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
-        """Here is the KV cache: layer name to tensor, and where each block's bytes lie."""
+        """Here is the KV cache. Called once, before the first load or save. May wait, with a deadline.
+
+        Args:
+            kv_caches: layer name to vLLM's tensor.
+            layout: where each block's bytes lie; `kvsdk.kernels.BlockStore` takes both.
+
+        Raises:
+            ConfigError: this KV cache cannot be moved, or what it is moved to cannot be used.
+        """
 
     def handshake(self) -> dict[str, Any]:
-        """Plain values for `SchedulerHalf.start`, such as an address."""
+        """Plain values for `SchedulerHalf.start`, such as an address. Called once, after `register`."""
         return {}
 
     def take_counters(self) -> dict[str, float]:
-        """What was counted since the last call, by name; in vLLM's log and, as `kvsdk_<name>_total`, its metrics."""
+        """What was counted since the last call, by name.
+
+        Every name is in vLLM's log line. Only those that docs/operators.md lists are at `/metrics` too, as
+        `kvsdk_<name>_total`; the first six of them, which count ended loads and saves, are the lifecycle's.
+        """
         return {}
 
 
@@ -259,32 +320,37 @@ class ConsumerWorker(WorkerHalf):
 
     @abstractmethod
     def load(self, task: LoadTask) -> None:
-        """Start a load and return; end the task from any thread."""
+        """Start a load and return; end the task from any thread. What this raises fails the task."""
 
 
 class ProducerWorker(WorkerHalf):
     """Keeps or saves blocks."""
 
     def kept(self, hold_id: str, blocks: BlockIds) -> None:
-        """A hold began: its blocks stay as they are until `let_go`."""
+        """A hold began: its blocks stay as they are until `let_go`. `hold_id` is that of `Keep`."""
 
     def let_go(self, hold_id: str) -> None:
         """A hold ended: after this returns its blocks may be overwritten, and nothing read from them later counts."""
 
     def save(self, task: SaveTask) -> None:
-        """Start a save and return; end the task from any thread. The blocks stay as they are until the task ends."""
+        """Start a save and return; end the task from any thread. What this raises fails the task.
+
+        The blocks stay as they are until the task has ended on every rank.
+        """
         task.fail(NotImplementedError(f"{type(self).__name__} answers save_from but has no save()"))
 
 
 class _Pair:
     scheduler_half: ClassVar[type[SchedulerHalf]]
+    """The class that is made once for each server."""
     worker_half: ClassVar[type[WorkerHalf]]
+    """The class that is made in each worker."""
     option_names: ClassVar[frozenset[str]] = frozenset()
-    """Names in `kv_connector_extra_config` that are this connector's own; they arrive in `options.extra`."""
+    """Names in `kv_connector_extra_config` that are this connector's own; they arrive in `options.extra`, unchecked."""
 
 
 class Consumer(_Pair):
-    """Names the two halves of a connector that loads: `scheduler_half` and `worker_half`."""
+    """Names the two halves of a connector that loads."""
 
 
 class Producer(_Pair):

@@ -16,6 +16,8 @@ from kvsdk.errors import KVError, TaskEnded
 
 
 class TaskState(enum.Enum):
+    """How a task stands: `OPEN` until it ends, then one of the others for good."""
+
     OPEN = "open"
     DONE = "done"
     FAILED = "failed"
@@ -62,15 +64,25 @@ class SaveOrder:
 class _Task:
     """Ends once. `using()` guards the KV cache: after the end nothing may touch the task's blocks."""
 
+    deadline: float
+    """On `context.clock`: when it has passed, the task expires; `load_timeout` after it arrived in this worker."""
+    fence: Any
+    """On a GPU, a `torch.cuda.Event` behind all that the thread which runs the model had given to the GPU before this
+    task; wait for it (`fence.synchronize()`, or `stream.wait_event(fence)`) before the blocks are read or written.
+    None on a CPU."""
+    error: BaseException | None
+    """Why it failed or expired; None until then, and for good when it is done."""
+
     def __init__(self, order: Any, deadline: float, fence: Any = None):
         self.order, self.deadline = order, deadline
         self.fence = fence
-        self.error: BaseException | None = None
+        self.error = None
         self._state = TaskState.OPEN
         self._lock = threading.Lock()
 
     @property
     def request_id(self) -> str:
+        """vLLM's id of the request, for log lines; never a key."""
         return self.order.request_id
 
     @property
@@ -80,7 +92,7 @@ class _Task:
 
     @property
     def first_block(self) -> int:
-        """Index, in the prompt, of `blocks[0][0]`."""
+        """Index, in blocks of the prompt, of `blocks[0][0]`."""
         return self.order.first_block
 
     @property
@@ -90,17 +102,20 @@ class _Task:
 
     @property
     def state(self) -> TaskState:
+        """Whether it has ended, and how."""
         return self._state
 
     @property
     def ended(self) -> bool:
+        """Whether it is done, failed or expired. May change at any moment outside `using()`."""
         return self._state is not TaskState.OPEN
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
         """Guards a read or write of the task's blocks: the task cannot end inside, so vLLM cannot reuse them meanwhile.
 
-        Keep it short (a copy, not a wait for a peer): the thread that runs the model may have to wait for it.
+        Keep it short (a copy, not a wait for a peer): while it lasts the task cannot expire either. Do not end the task
+        within it: `done` and `fail` would wait for themselves.
 
         Raises:
             TaskEnded: the task has ended; leave its blocks alone.
@@ -146,13 +161,19 @@ class LoadTask(_Task):
     """Fill `blocks` with KV from `source`."""
 
     order: LoadOrder
+    failed_blocks: np.ndarray
+    """int32 array: block ids that `fail` named; empty until then."""
 
     def __init__(self, order: LoadOrder, deadline: float, fence: Any = None):
         super().__init__(order, deadline, fence)
-        self.failed_blocks: np.ndarray = np.empty(0, np.int32)
+        self.failed_blocks = np.empty(0, np.int32)
 
     @property
     def source(self) -> Any:
+        """What `ConsumerScheduler.granted` returned: the hit's `source`, unless that method is overridden.
+
+        Not to be changed: with one worker it may be the scheduler half's own object.
+        """
         return self.order.source
 
     def fail(self, error: BaseException, failed: np.ndarray | None = None) -> None:
@@ -160,10 +181,11 @@ class LoadTask(_Task):
 
         Args:
             error: why; it is logged.
-            failed: indices into each group's `blocks` that are not valid; all of them unless given.
+            failed: int array of indices into each group's `blocks` that are not valid; all of them unless given.
 
         Raises:
             TaskEnded: the task has ended before.
+            ValueError: `failed` is empty.
         """
         every = np.concatenate(self.blocks)
         chosen = every if failed is None else np.concatenate([ids[failed] for ids in self.blocks])
@@ -176,7 +198,7 @@ class LoadTask(_Task):
 
     @property
     def invalid_blocks(self) -> np.ndarray:
-        """int32 array: blocks whose content must not be used."""
+        """int32 array: ids of blocks whose content must not be used; what the lifecycle tells vLLM."""
         return np.concatenate(self.blocks) if self._state is TaskState.EXPIRED else self.failed_blocks
 
 
