@@ -1,74 +1,19 @@
 """Blocks come out of the cache and go back byte for byte, whatever the layout; digests find what changed."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.caches import DTYPES, KINDS, make_cache
 
 from kvsdk.kernels import BlockStore, splitmix64
 from kvsdk.layout import layout_of
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
-KINDS = ["NHD", "HND", "one buffer", "MLA 3-D", "MLA 4-D", "BLHNC", "BHLNC", "kernel blocks", "kernel blocks NHD"]
 M64 = (1 << 64) - 1
 
-
-@dataclass
-class Cache:
-    """Random layers in one of vLLM's layouts, and how to read them element by element, without the code under test."""
-
-    tensors: list[torch.Tensor]
-    num_blocks: int
-    ratio: int
-
-    def store(self):
-        caches = {f"layers.{i}": t for i, t in enumerate(self.tensors)}
-        return BlockStore(caches, layout_of(caches, num_blocks=self.num_blocks, block_size=16))
-
-    def blocks(self, layer):
-        """`(num_blocks, bytes)` copied by indexing the logical tensor, a block in its own memory order."""
-        t = self.tensors[layer]
-        t = t.view(torch.uint8) if t.element_size() == 1 else t
-        order = sorted(range(1, t.dim()), key=lambda d: (t.shape[d] == 1, -t.stride(d), d))
-        rows = [block.permute([d - 1 for d in order]).clone(memory_format=torch.contiguous_format) for block in t]
-        flat = torch.stack(rows).view(torch.uint8)
-        return flat.reshape(self.num_blocks, -1).numpy().copy()
-
-    def naive_gather(self, ids):
-        return np.concatenate([self.blocks(i)[ids].ravel() for i in range(len(self.tensors))])
-
-
-def make(kind, dtype=torch.bfloat16, blocks=6, layers=3, heads=2, tokens=4, content=8, seed=0):
-    ratio = 2 if "kernel" in kind else 1
-    g = torch.Generator().manual_seed(seed)
-    item = torch.empty(0, dtype=dtype).element_size()
-
-    def random(*shape):
-        return torch.randint(0, 256, (*shape[:-1], shape[-1] * item), dtype=torch.uint8, generator=g).view(dtype)
-
-    b = blocks * ratio
-    if kind in ("NHD", "kernel blocks NHD"):
-        ts = [random(b, tokens, heads, content).transpose(1, 2) for _ in range(layers)]
-    elif kind in ("HND", "kernel blocks"):
-        ts = [random(b, heads, tokens, content) for _ in range(layers)]
-    elif kind == "one buffer":
-        ts = list(random(layers, b, heads, tokens, content).unbind(0))
-    elif kind == "MLA 3-D":
-        ts = [random(b, tokens, content) for _ in range(layers)]
-    elif kind == "MLA 4-D":
-        ts = [random(b, tokens, content).unsqueeze(1) for _ in range(layers)]
-    elif kind == "BLHNC":
-        ts = list(random(b, layers, heads, tokens, content).unbind(1))
-    elif kind == "BHLNC":
-        ts = list(random(b, heads, layers, tokens, content).unbind(2))
-    return Cache(ts, blocks, ratio)
-
-
 caches = st.builds(
-    make,
+    make_cache,
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from(DTYPES),
     blocks=st.integers(1, 9),
@@ -98,7 +43,7 @@ def test_gather_is_the_naive_copy(cache, data):
 @given(caches, st.data())
 def test_scatter_writes_the_blocks_and_nothing_else(cache, data):
     store, ids = cache.store(), ids_of(cache, data, unique=True)
-    before = [cache.blocks(i) for i in range(len(cache.tensors))]
+    before = [cache.blocks(i) for i in range(len(cache.views))]
     staging = torch.randint(0, 256, (store.staging_bytes(len(ids)),), dtype=torch.uint8)
     select = None
     if data.draw(st.booleans()):
@@ -116,7 +61,7 @@ def test_scatter_writes_the_blocks_and_nothing_else(cache, data):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_travel_between_two_caches_of_one_layout(kind, dtype):
-    ours, theirs = make(kind, dtype, seed=1), make(kind, dtype, seed=2)
+    ours, theirs = make_cache(kind, dtype, seed=1), make_cache(kind, dtype, seed=2)
     a, b = ours.store(), theirs.store()
     staging = a.staging(3)
     source, target = np.array([5, 0, 2], np.int32), np.array([1, 3, 4], np.int32)
@@ -127,26 +72,26 @@ def test_blocks_travel_between_two_caches_of_one_layout(kind, dtype):
 
 
 def test_blocks_travel_between_layouts_that_hold_the_same_bytes():
-    ours, theirs = make("one buffer", torch.uint8, seed=1), make("BHLNC", torch.uint8, seed=2)
+    ours, theirs = make_cache("one buffer", torch.uint8, seed=1), make_cache("BHLNC", torch.uint8, seed=2)
     staging = ours.store().staging(1)
     ours.store().gather(np.array([4], np.int32), staging)
     theirs.store().scatter(np.array([2], np.int32), staging)
-    for mine, yours in zip(ours.tensors, theirs.tensors, strict=True):
-        assert torch.equal(mine[4], yours[2])
+    for i in range(3):
+        np.testing.assert_array_equal(ours.blocks(i)[4], theirs.blocks(i)[2])
 
 
 def test_tensors_of_inference_mode_can_be_written_outside_it():
     with torch.inference_mode():
-        cache = make("NHD", torch.uint8)
+        cache = make_cache("NHD", torch.uint8)
         store = cache.store()
         staging = store.staging(1)
     store.gather(np.array([0], np.int32), staging)
     store.scatter(np.array([1], np.int32), staging)
-    assert torch.equal(cache.tensors[0][0], cache.tensors[0][1])
+    assert (cache.blocks(0)[0] == cache.blocks(0)[1]).all()
 
 
 def test_a_staging_buffer_is_bytes_on_the_stores_device():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     staging = store.staging(5)
     assert staging.dtype == torch.uint8
     assert staging.dim() == 1
@@ -156,34 +101,34 @@ def test_a_staging_buffer_is_bytes_on_the_stores_device():
 
 @pytest.mark.parametrize("ids", [[-1], [6], [0, 6], [0, -1]])
 def test_ids_out_of_range_are_refused(ids):
-    store = make("HND").store()
+    store = make_cache("HND").store()
     for call in (store.gather, store.scatter):
         with pytest.raises(ValueError, match="block ids must be from 0 to 5"):
             call(np.array(ids, np.int32), store.staging(2))
 
 
 def test_ids_of_another_type_are_refused():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     for ids in (np.array([0]), [0], np.array([[0]], np.int32), np.array([0.0])):
         with pytest.raises(ValueError, match="1-D int32"):
             store.gather(ids, store.staging(1))
 
 
 def test_a_block_is_written_once():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     with pytest.raises(ValueError, match="twice"):
         store.scatter(np.array([1, 2, 1], np.int32), store.staging(3))
 
 
 @pytest.mark.parametrize("select", [[2], [-1], [0, 0], [0.5]])
 def test_a_selection_out_of_range_is_refused(select):
-    store = make("HND").store()
+    store = make_cache("HND").store()
     with pytest.raises(ValueError, match="select must"):
         store.scatter(np.array([1, 2], np.int32), store.staging(2), np.array(select))
 
 
 def test_a_staging_buffer_that_does_not_fit_is_refused():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     ids = np.array([0, 1], np.int32)
     wide = torch.zeros(2 * store.staging_bytes(2), dtype=torch.uint8)
     for staging in (store.staging(1), wide[::2], wide.view(torch.int32), wide.view(2, -1)):
@@ -245,14 +190,18 @@ def test_a_digest_is_mix64_v1(cache, blocks, first):
     assert [int(d) for d in got] == expected
 
 
+def by_torch(mixer):
+    return lambda rows: mixer.by_torch(rows).numpy().view(np.uint64)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_digests_on_gpus_computes_the_same_on_a_cpu(kind, monkeypatch):
-    monkeypatch.setattr("kvsdk.kernels._CUDA_PIECE", 24)
+    monkeypatch.setattr("kvsdk.kernels.digest._CUDA_PIECE", 24)
     for content in (9, 16):
-        store = make(kind, torch.uint8, content=content).store()
+        store = make_cache(kind, torch.uint8, content=content).store()
         data = random_staging(store, 5)
         expected = digest(store, data)
-        monkeypatch.setattr(store, "_sums_by_numpy", store._sums_by_torch)
+        monkeypatch.setattr(store._blocks.mixer, "by_numpy", by_torch(store._blocks.mixer))
         assert digest(store, data).tolist() == expected.tolist()
 
 
@@ -261,7 +210,7 @@ def test_splitmix64_is_the_published_generator():
 
 
 def test_large_blocks_are_digested_in_pieces_that_add_up():
-    store = make("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=64, content=640).store()
+    store = make_cache("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=64, content=640).store()
     assert store.layout.layers[0].block_bytes // 8 > 32768
     data = random_staging(store, 2)
     parts = layer_parts(store, data)
@@ -282,7 +231,7 @@ def test_any_flipped_bit_is_found_in_its_block_alone(cache, data):
 
 
 def test_every_single_bit_and_every_pair_of_top_bits_is_found():
-    store = make("HND", torch.uint8, layers=1, heads=1, tokens=4, content=16).store()
+    store = make_cache("HND", torch.uint8, layers=1, heads=1, tokens=4, content=16).store()
     data = random_staging(store, 1)
     before = digest(store, data)[0]
     for bit in range(8 * len(data)):
@@ -299,7 +248,7 @@ def test_every_single_bit_and_every_pair_of_top_bits_is_found():
 
 
 def test_swapped_blocks_are_found():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     data = random_staging(store, 2)
     before = digest(store, data)
     for part in layer_parts(store, data):
@@ -308,7 +257,7 @@ def test_swapped_blocks_are_found():
 
 
 def test_equal_data_at_another_position_has_another_digest():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     same = np.tile(random_staging(store, 1)[: store.layout.layers[0].block_bytes], 2 * len(store.layout.layers))
     first, second = digest(store, same, [7, 8])
     assert first != second
@@ -316,7 +265,7 @@ def test_equal_data_at_another_position_has_another_digest():
 
 
 def test_exchanged_layers_are_found():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     data = random_staging(store, 2)
     before = digest(store, data)
     parts = layer_parts(store, data)
@@ -325,7 +274,7 @@ def test_exchanged_layers_are_found():
 
 
 def test_exchanged_words_are_found():
-    store = make("HND", layers=1).store()
+    store = make_cache("HND", layers=1).store()
     data = random_staging(store, 1)
     before = digest(store, data)
     words = data.view(np.uint64)
@@ -334,7 +283,7 @@ def test_exchanged_words_are_found():
 
 
 def test_a_digest_is_the_same_on_both_sides_of_a_transfer():
-    ours, theirs = make("one buffer", seed=1), make("BHLNC", seed=2)
+    ours, theirs = make_cache("one buffer", seed=1), make_cache("BHLNC", seed=2)
     a, b = ours.store(), theirs.store()
     staging, positions = a.staging(3), np.array([3, 4, 5])
     a.gather(np.array([1, 5, 2], np.int32), staging)
@@ -346,7 +295,7 @@ def test_a_digest_is_the_same_on_both_sides_of_a_transfer():
 
 
 def test_positions_that_do_not_fit_are_refused():
-    store = make("HND").store()
+    store = make_cache("HND").store()
     for positions in (np.arange(3), np.arange(2, dtype=np.int32), np.zeros((2, 1), np.int64)):
         with pytest.raises(ValueError, match="positions must be int64"):
             store.digest(store.staging(2), 2, positions)
