@@ -17,6 +17,7 @@ import pytest
 
 import kvsdk
 from kvsdk.config import Options, options_table, parse_options, transfer_config
+from kvsdk.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/my_connector"
@@ -240,6 +241,19 @@ def test_the_options_table_for_authors_names_options_of_kvsdk():
     names = [name for cell in listed for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) >= 10
     assert set(names) <= {field.name for field in dataclasses.fields(Options)}
+
+
+def test_a_wrong_option_of_an_authors_connector_is_logged_as_the_page_says(file_connector, caplog):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from kvsdk.vllm.harness import Engine
+
+    config = {"kv_connector": "my_connector:FileConnector", "kv_connector_module_path": "kvsdk.vllm.connectors"}
+    for options in ({"foldr": "/var"}, {}):
+        with pytest.raises(ConfigError):
+            Engine(config | {"kv_role": "kv_both", "kv_connector_extra_config": options})
+    (lines,) = blocks(ROOT / "docs/authors.md", "")[:1]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == lines.splitlines()
 
 
 def test_the_page_for_authors_says_what_is_in_a_model():
