@@ -334,7 +334,7 @@ def test_many_pairs_connect_at_once(host, threads):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"version": 2}, MismatchError),
+        ({"version": 99}, MismatchError),
         ({"version": None}, MismatchError),
         ({"kind": "nccl"}, MismatchError),
         ({"kind": 1}, ProtocolError),

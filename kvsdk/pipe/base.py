@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -75,6 +75,94 @@ class Pipe(ABC):
         with self._direction(self._receiving, "recv"):
             self._enter(deadline)
             self._recv(_as_bytes(tensor), deadline)
+
+    def send_row(
+        self,
+        sizes: Sequence[int],
+        slots: Sequence[torch.Tensor],
+        fill: Callable[[int, torch.Tensor], None],
+        deadline: float,
+    ) -> None:
+        """Sends a row of messages, filling the next ones while one is on its way; the peer takes it by `recv_row`.
+
+        Args:
+            sizes: bytes of each message.
+            slots: message i travels in the front of `slots[i % len(slots)]`: contiguous, uint8, on the pipe's device,
+                large enough. Two or more let filling and sending overlap.
+            fill: called in order, with a message's index and its part of a slot, once the slot may be written. On CUDA
+                it may leave its work on the current stream. What it raises breaks the pipe and comes out of here.
+            deadline: absolute, in seconds of `time.monotonic()`.
+
+        Raises:
+            DeadlineExceeded, PeerGone, PipeClosed, ProtocolError, PipeBusy, ValueError: see the class.
+        """
+        self._row(self._sending, "send_row", self._send_row, sizes, slots, fill, deadline)
+
+    def recv_row(
+        self,
+        sizes: Sequence[int],
+        slots: Sequence[torch.Tensor],
+        drain: Callable[[int, torch.Tensor], None],
+        deadline: float,
+    ) -> None:
+        """Receives a row of messages, the next ones while one is drained.
+
+        Args:
+            sizes: bytes of each message, the same as the sender's.
+            slots: see `send_row`; the two sides may have different numbers of them.
+            drain: called in order, with a message's index and the part of a slot that holds it. The slot is used again
+                when it returns, so on CUDA it waits for what it left on the current stream. What it raises breaks the
+                pipe and comes out of here.
+            deadline: absolute, in seconds of `time.monotonic()`.
+
+        Raises:
+            DeadlineExceeded, PeerGone, PipeClosed, ProtocolError, PipeBusy, ValueError: see the class.
+        """
+        self._row(self._receiving, "recv_row", self._recv_row, sizes, slots, drain, deadline)
+
+    def _row(
+        self,
+        lock: threading.Lock,
+        name: str,
+        carry: Callable[..., None],
+        sizes: Sequence[int],
+        slots: Sequence[torch.Tensor],
+        work: Callable[[int, torch.Tensor], None],
+        deadline: float,
+    ) -> None:
+        for slot in slots:
+            self._check(slot)
+            if slot.dtype != torch.uint8 or slot.dim() != 1:
+                raise ValueError(f"a slot must be 1-D and uint8, not {slot.dtype} of shape {tuple(slot.shape)}")
+        room = [slot.numel() for slot in slots] or [-1]
+        if any(not 0 <= size <= room[i % len(room)] for i, size in enumerate(sizes)):
+            raise ValueError(f"messages of {list(sizes)} bytes do not fit slots of {[slot.numel() for slot in slots]}")
+        parts = [slots[i % len(slots)][:size] for i, size in enumerate(sizes)]
+
+        def guarded(i: int) -> None:
+            try:
+                work(i, parts[i])
+            except BaseException as error:
+                self._fail(PipeClosed(f"{name} was given up: {type(error).__name__}: {error}"))
+                raise
+
+        with self._direction(lock, name):
+            self._enter(deadline)
+            carry(parts, len(slots), guarded, deadline)
+
+    def _send_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
+    ) -> None:
+        for i, part in enumerate(parts):
+            fill(i)
+            self._send(part, deadline)
+
+    def _recv_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
+    ) -> None:
+        for i, part in enumerate(parts):
+            self._recv(part, deadline)
+            drain(i)
 
     def abort(self) -> None:
         """Breaks the pipe at once, from any thread: calls that run here raise `PipeClosed`, the peer's `PeerGone`."""

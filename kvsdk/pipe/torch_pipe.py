@@ -14,6 +14,7 @@ out. Gloo then closes the pair's connections, and every call on them fails, here
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ipaddress
 import logging
@@ -23,7 +24,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, TypedDict
@@ -36,7 +38,7 @@ from kvsdk.pipe.base import Pipe, check_contiguous
 
 logger = logging.getLogger("kvsdk.pipe")
 
-PIPE_VERSION = 1
+PIPE_VERSION = 2
 KINDS = ("gloo", "nccl")
 
 _MAGIC = 0x6B7673646B706970
@@ -294,51 +296,91 @@ class TorchPipe(Pipe):
             raise ValueError(f"a gloo pipe carries CPU tensors, not tensors on {tensor.device}")
 
     def _send(self, data: torch.Tensor, deadline: float) -> None:
-        self._meet(data.numel(), self._rank, deadline)
-        if data.numel():
-            self._carry(data, self._rank, deadline)
+        self._meet([data.numel()], self._rank, deadline)
+        self._carry(data, self._rank, deadline)
 
     def _recv(self, data: torch.Tensor, deadline: float) -> None:
-        self._meet(data.numel(), self._peer, deadline)
-        if data.numel():
-            self._carry(data, self._peer, deadline)
+        self._meet([data.numel()], self._peer, deadline)
+        self._carry(data, self._peer, deadline)
 
     def _carry(self, data: torch.Tensor, sender: int, deadline: float) -> None:
-        # When the connection ends, gloo wakes receives that have not begun, but nothing that is halfway. So each end
-        # waits for a small message behind the tensor, the receiver for a trailer and the sender for a receipt; the
-        # tensor's own operation is over by then.
+        self._finish(self._begin(data, sender, deadline), deadline)
+
+    def _send_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
+    ) -> None:
+        self._meet([part.numel() for part in parts], self._rank, deadline)
+        under_way: collections.deque[Any] = collections.deque()
+        for i, part in enumerate(parts):
+            if len(under_way) == num_slots:
+                self._finish(under_way.popleft(), deadline)
+            fill(i)
+            under_way.append(self._begin(part, self._rank, deadline))
+        while under_way:
+            self._finish(under_way.popleft(), deadline)
+
+    def _recv_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
+    ) -> None:
+        self._meet([part.numel() for part in parts], self._peer, deadline)
+        under_way: collections.deque[Any] = collections.deque()
+        for i in range(-num_slots, len(parts)):
+            if i >= 0:
+                self._finish(under_way.popleft(), deadline)
+                drain(i)
+            if i + num_slots < len(parts):
+                under_way.append(self._begin(parts[i + num_slots], self._peer, deadline))
+
+    def _begin(self, data: torch.Tensor, sender: int, deadline: float) -> Any:
+        """Starts to move a tensor; the peer is about to do the other half. Returns what `_finish` takes."""
+        if not data.numel():
+            return None
         sending = sender == self._rank
         trailer, receipt = torch.zeros((2, 1), dtype=torch.uint8)
         with self._typed_errors(deadline, "the tensor"):
-            tensor_done = self._post(data, sending, _DATA + sender)
-            trailer_done = self._post(trailer, sending, _TRAILER + sender)
-            if sending:
-                self._post(receipt, False, _RECEIPT + sender).wait(_remaining(deadline))
-            trailer_done.wait(_remaining(deadline))
-            tensor_done.wait(_remaining(deadline))
-            if not sending:
-                self._post(receipt, True, _RECEIPT + sender).wait(_remaining(deadline))
+            moved = self._post(data, sending, _DATA + sender)
+            trailed = self._post(trailer, sending, _TRAILER + sender)
+            received = self._post(receipt, False, _RECEIPT + sender) if sending else None
+        return moved, trailed, received, (data, trailer, receipt)
+
+    def _finish(self, begun: Any, deadline: float) -> None:
+        """Waits until the tensor has been moved; calls come in the order of `_begin`."""
+        # When the connection ends, gloo wakes receives that have not begun, but nothing that is halfway. So each end
+        # waits for a small message behind the tensor, the receiver for a trailer and the sender for a receipt; the
+        # tensor's own operation is over by then.
+        if begun is None:
+            return
+        moved, trailed, received, (_, _, receipt) = begun
+        with self._typed_errors(deadline, "the tensor"):
+            if received is not None:
+                received.wait(_remaining(deadline))
+            trailed.wait(_remaining(deadline))
+            moved.wait(_remaining(deadline))
+            if received is None:
+                self._post(receipt, True, _RECEIPT + self._peer).wait(_remaining(deadline))
         # A pair that is broken from another thread ends some waits without an error.
         self._raise_if_broken()
 
-    def _meet(self, nbytes: int, sender: int, deadline: float) -> None:
+    def _meet(self, sizes: Sequence[int], sender: int, deadline: float) -> None:
         """Exchanges headers with the peer, which must be about to do the other half of the same transfer."""
         sending = sender == self._rank
         own_tag, peer_tag = (_SENDER, _RECEIVER) if sending else (_RECEIVER, _SENDER)
         number, self._numbers[sender] = self._numbers[sender], self._numbers[sender] + 1
-        ours = torch.tensor([_MAGIC, number, nbytes])
+        ours = torch.tensor([_MAGIC, number, sum(sizes), zlib.crc32(repr(list(sizes)).encode())])
         theirs = torch.zeros_like(ours)
         with self._typed_errors(deadline, "the peer to be ready"):
             ours_sent = self._post(ours, True, own_tag + sender)
             self._post(theirs, False, peer_tag + sender).wait(_remaining(deadline))
         self._raise_if_broken()
-        magic, their_number, their_nbytes = theirs.tolist()
+        magic, their_number, their_nbytes, their_crc = theirs.tolist()
         error = None
         if magic != _MAGIC or their_number != number:
             error = f"the two ends are out of step: at tensor {number} here, at {their_number} there"
-        elif their_nbytes != nbytes:
-            sizes = (nbytes, their_nbytes) if sending else (their_nbytes, nbytes)
-            error = f"the sender's tensor has {sizes[0]} bytes, the receiver's {sizes[1]}"
+        elif their_nbytes != sum(sizes):
+            nbytes = (sum(sizes), their_nbytes) if sending else (their_nbytes, sum(sizes))
+            error = f"the sender's tensor has {nbytes[0]} bytes, the receiver's {nbytes[1]}"
+        elif their_crc != ours[3]:
+            error = f"the two ends cut {sum(sizes)} bytes into messages of other sizes"
         with self._typed_errors(deadline, "the peer to be ready"):
             # Also before an error, so that the peer learns of the disagreement rather than of a closed connection.
             ours_sent.wait(_remaining(deadline))
@@ -411,7 +453,7 @@ class NcclPipe(TorchPipe):
         self._nccl: Any = None
         self._stream = torch.cuda.Stream(device)
         self._aborter: threading.Thread | None = None
-        self._hostages: list[torch.Tensor] = []
+        self._lent: collections.deque[torch.Tensor] = collections.deque()  # NCCL may touch them
         self._watcher = threading.Thread(target=self._watch, name=f"kvsdk-pipe-watch-{pair_name}", daemon=True)
 
     def _connect_nccl(self, store: dist.Store, max_ctas: int, deadline: float) -> None:
@@ -440,12 +482,12 @@ class NcclPipe(TorchPipe):
             with torch.cuda.device(self._device):
                 token = torch.zeros(8, dtype=torch.uint8, device=self._device)
             for sender in (_PRODUCER, _CONSUMER):
-                self._meet(token.numel(), sender, deadline)
+                self._meet([token.numel()], sender, deadline)
                 self._carry(token, sender, deadline)
 
         # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline,
         # also when the first operation in a direction connects it.
-        self._meet(0, _PRODUCER, deadline)
+        self._meet([], _PRODUCER, deadline)
         try:
             _within(deadline, "making the NCCL communicator", connect)
             _within(deadline, "the first tensor over NCCL", warm_up)
@@ -457,8 +499,10 @@ class NcclPipe(TorchPipe):
         if tensor.device != self._device:
             raise ValueError(f"this pipe carries tensors on {self._device}, not on {tensor.device}")
 
-    def _carry(self, data: torch.Tensor, sender: int, deadline: float) -> None:
-        start = time.monotonic()
+    def _begin(self, data: torch.Tensor, sender: int, deadline: float) -> Any:
+        if not data.numel():
+            return None
+        self._lent.append(data)
         try:
             with torch.cuda.device(self._device):
                 self._stream.wait_stream(torch.cuda.current_stream())
@@ -467,23 +511,34 @@ class NcclPipe(TorchPipe):
                     self._raise_if_broken()
                     call = group.send if sender == self._rank else group.recv
                     work = call([data], self._peer, 0)
-                late = DeadlineExceeded("waited for the tensor until the deadline")
-                self._poll(work.is_completed, start, deadline, late)
-                with torch.cuda.stream(self._stream):
-                    # Complete also means failed. The GPU's own word is an event behind the operation.
-                    work.wait()
+                    work.wait()  # on the GPU; the host goes on
                     done = torch.cuda.Event()
                     done.record()
-                failed = PeerGone("NCCL ended the operation without the GPU's having done it")
-                self._poll(done.query, start, time.monotonic() + _EVENT_LIMIT, failed)
+        except RuntimeError as error:
+            self._fail(PeerGone(f"NCCL failed: {error}"))
+            self._let_go()
+            self._raise_if_broken()
+        return work, done, time.monotonic()
+
+    def _finish(self, begun: Any, deadline: float) -> None:
+        if begun is None:
+            return
+        work, done, start = begun
+        try:
+            late = DeadlineExceeded("waited for the tensor until the deadline")
+            self._poll(work.is_completed, start, deadline, late)
+            # Complete also means failed. The GPU's own word is the event behind the operation.
+            failed = PeerGone("NCCL ended the operation without the GPU's having done it")
+            self._poll(done.query, start, time.monotonic() + _EVENT_LIMIT, failed)
         except RuntimeError as error:
             self._fail(PeerGone(f"NCCL failed: {error}"))
         except KVError as error:
             self._fail(error)
         # An aborted kernel ends as if it had done its work, so the pipe's state decides.
         if self.broken:
-            self._let_go(data)
+            self._let_go()
             self._raise_if_broken()
+        self._lent.popleft()
 
     def _poll(self, done: Callable[[], bool], start: float, limit: float, late: KVError) -> None:
         """Waits for `done`, in sleeps that grow with the wait: short transfers end soon, long ones cost little.
@@ -531,15 +586,17 @@ class NcclPipe(TorchPipe):
         except Exception:
             logger.exception("aborting NCCL's communicator of pair %s failed", self._name)
 
-    def _let_go(self, data: torch.Tensor) -> None:
-        """Waits until NCCL no longer touches a tensor."""
+    def _let_go(self) -> None:
+        """Waits until NCCL no longer touches the tensors that it was given."""
         self._abort_nccl()  # whoever broke the pipe may not have come to that yet
         aborter = self._aborter
         if aborter is not None:
             aborter.join(_ABORT_LIMIT)
             if aborter.is_alive():
-                logger.error("NCCL's abort of pair %s does not end; %d bytes are given up", self._name, data.numel())
-                self._hostages.append(data)
+                nbytes = sum(data.numel() for data in self._lent)
+                logger.error("NCCL's abort of pair %s does not end; %d bytes are given up", self._name, nbytes)
+                return
+        self._lent.clear()
 
     def _release(self, deadline: float) -> None:
         super()._release(deadline)

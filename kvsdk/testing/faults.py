@@ -26,7 +26,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -181,7 +181,8 @@ class FaultyPipe(Pipe):
 
     Without a fault it is as good as the other: it keeps every promise of `Pipe`. With `drop`, `duplicate` or `reorder`
     the two ends are a tensor apart afterwards, as they would be over an unreliable network; `truncate` sends the first
-    half, or leaves the second half of what is received as it was; `death` aborts the other pipe.
+    half, or leaves the second half of what is received as it was; `death` aborts the other pipe. Messages of a row keep
+    their places: `drop` and `duplicate` leave what lay in the slot before, and nothing is reordered.
     """
 
     def __init__(self, pipe: Pipe, plan: FaultPlan, name: str = "pipe"):
@@ -266,6 +267,44 @@ class FaultyPipe(Pipe):
             if self._duplicates:
                 self._last = data.clone()
 
+    def _send_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
+    ) -> None:
+        def faulty(i: int, part: torch.Tensor) -> None:
+            with self._in_row("send", part, deadline):
+                fill(i)
+
+        with self._same_failure():
+            self._pipe.send_row([part.numel() for part in parts], _whole(parts, num_slots), faulty, deadline)
+
+    def _recv_row(
+        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
+    ) -> None:
+        def faulty(i: int, part: torch.Tensor) -> None:
+            with self._in_row("recv", part, deadline):
+                pass
+            drain(i)
+
+        with self._same_failure():
+            self._pipe.recv_row([part.numel() for part in parts], _whole(parts, num_slots), faulty, deadline)
+
+    @contextlib.contextmanager
+    def _in_row(self, way: str, part: torch.Tensor, deadline: float) -> Iterator[None]:
+        """A fault of one message of a row: its bytes, filled inside, are then those that lay there before, or half."""
+        fault = self._ways[way].draw(*(name for name in FAULTS if name != "reorder"))
+        self._before(fault, way, deadline)
+        before = torch.zeros_like(part) if way == "recv" else part.clone()
+        yield
+        if fault in ("drop", "duplicate"):
+            part.copy_(before)
+        elif fault == "truncate":
+            half = part.numel() // 2
+            part[half:] = before[half:]
+        elif fault == "corrupt":
+            self._corrupted(part, way)
+        elif fault == "late":
+            self._pause(way, deadline)
+
     def _before(self, fault: str | None, way: str, deadline: float) -> None:
         if fault == "delay":
             self._pause(way, deadline)
@@ -299,6 +338,11 @@ class FaultyPipe(Pipe):
             yield
         except (DeadlineExceeded, PeerGone, PipeClosed, ProtocolError) as error:
             raise self._fail(error)  # noqa: B904 - it is the same error, or the first one
+
+
+def _whole(parts: Sequence[torch.Tensor], num_slots: int) -> list[torch.Tensor]:
+    """Slots from the parts of them that messages take: of each, the longest."""
+    return [max(parts[i::num_slots], key=torch.Tensor.numel) for i in range(min(num_slots, len(parts)))]
 
 
 class FaultyPipeHost:

@@ -165,13 +165,17 @@ def _allocate(config: KVCacheConfig, block_size: int, mla: bool) -> dict[str, to
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep vLLM's warnings, the same for every engine, from the log: they would bury what a connector says."""
-    vllm = logging.getLogger("vllm")
-    before = vllm.level
-    vllm.setLevel(logging.ERROR)
+    # Not of the logger `vllm` itself: kvsdk's loggers take their level from it.
+    before = {
+        name: logging.getLogger(name).level for name in ("vllm.config", "vllm.distributed", "vllm.platforms", "vllm.v1")
+    }
+    for name in before:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        vllm.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:

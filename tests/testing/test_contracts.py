@@ -4,6 +4,7 @@ every promise, and of many deliberately broken implementations each breaks the p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -273,7 +274,39 @@ def clogged_pair(kind):
     return make
 
 
+class FillsSlotsBeforeTheyWereSent(InProcessPipe):
+    def _send_row(self, parts, num_slots, fill, deadline):
+        for i in range(len(parts)):
+            fill(i)
+        for part in parts:
+            self._send(part, deadline)
+
+
+class DrainsInAnyOrder(InProcessPipe):
+    def _recv_row(self, parts, num_slots, drain, deadline):
+        for i in range(len(parts)):
+            self._recv(parts[i], deadline)
+        for i in range(len(parts)):
+            drain(i)
+
+
+class SwallowsWhatFillRaises(InProcessPipe):
+    def _send_row(self, parts, num_slots, fill, deadline):
+        with contextlib.suppress(Exception):
+            super()._send_row(parts, num_slots, fill, deadline)
+
+
+class TakesAnyRow(InProcessPipe):
+    def send_row(self, sizes, slots, fill, deadline):
+        with contextlib.suppress(ValueError):
+            super().send_row(sizes, slots, fill, deadline)
+
+
 BROKEN_PIPES = {
+    FillsSlotsBeforeTheyWereSent: "a row arrives whole",
+    DrainsInAnyOrder: "a row arrives whole",
+    SwallowsWhatFillRaises: "what fill or drain raises",
+    TakesAnyRow: "messages that do not fit",
     CutsSilently: "a tensor of another size",
     SaysNothingOfAnotherSize: "a tensor of another size",
     CloseWaitsForCalls: "abort and close wake this end",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,24 @@ class _Pipes:
         self.recv(b, got).result()
         sent.result()
         demand(torch.equal(got, tensor.reshape(-1).view(torch.uint8)), f"{got.numel()} bytes arrived changed")
+
+    def slots(self, count: int, nbytes: int) -> list[torch.Tensor]:
+        return [self.zeros(nbytes) for _ in range(count)]
+
+    def send_row(self, pipe: Pipe, sent: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> Call:
+        """Sends a row of tensors' bytes."""
+        sizes = [tensor.numel() for tensor in sent]
+        return self.start(pipe.send_row, sizes, slots, lambda i, part: part.copy_(sent[i]), self.far())
+
+    def recv_row(self, pipe: Pipe, sizes: Sequence[int], slots: Sequence[torch.Tensor]) -> Call:
+        """Receives a row; the call's result is a list of what came."""
+        came: list[torch.Tensor] = []
+
+        def receive() -> list[torch.Tensor]:
+            pipe.recv_row(sizes, slots, lambda i, part: came.append(part.clone()), self.far())
+            return came
+
+        return self.start(receive)
 
     @property
     def waits(self) -> tuple[str, ...]:
@@ -405,3 +423,97 @@ def _(pipes: _Pipes) -> None:
 
 def _end(pipes: _Pipes, pipe: Pipe, how: str) -> None:
     (pipes.start(pipe.abort) if how == "abort" else pipes.start(pipe.close, pipes.far())).result()
+
+
+_ROW = [70_000, 1, 0, 4096, 70_000, 3, 65_536, 70_000, 0, 9]
+
+
+class _Given(Exception):
+    """What a contract's own callback raises."""
+
+
+@_promise("a row arrives whole and in order, whatever the number of slots on either side")
+def _(pipes: _Pipes) -> None:
+    sent = [pipes.random(nbytes, seed) for seed, nbytes in enumerate(_ROW)]
+    for ours, theirs in ((1, 1), (2, 3), (3, 1), (1, 2), (20, 2)):
+        with pipes.pair() as (a, b):
+            for _ in range(2):
+                sending = pipes.send_row(a, sent, pipes.slots(ours, 70_000))
+                came = pipes.recv_row(b, _ROW, pipes.slots(theirs, 70_000)).result()
+                sending.result()
+                demand(len(came) == len(sent), f"{len(came)} of {len(sent)} messages were drained")
+                for i, (got, tensor) in enumerate(zip(came, sent, strict=True)):
+                    demand(torch.equal(got, tensor), f"message {i} of a row over {ours} and {theirs} slots changed")
+            pipes.carries(b, a, pipes.random(10))
+
+
+@_promise("a row of nothing takes its turn")
+def _(pipes: _Pipes) -> None:
+    with pipes.pair() as (a, b):
+        sending = pipes.send_row(a, [], pipes.slots(1, 8))
+        demand(pipes.recv_row(b, [], pipes.slots(1, 8)).result() == [], "a message came")
+        sending.result()
+        pipes.carries(a, b, pipes.random(10))
+
+
+@_promise("what fill or drain raises comes out, breaks the pipe, and ends the peer's row")
+def _(pipes: _Pipes) -> None:
+    def give_up(i: int, part: torch.Tensor) -> None:
+        if i == 2:
+            raise _Given
+
+    for fills in (True, False):
+        with pipes.pair() as (a, b):
+            ends = [(a.send_row, give_up if fills else lambda i, part: None)]
+            ends.append((b.recv_row, (lambda i, part: None) if fills else give_up))
+            calls = [pipes.start(end, [8] * 50, pipes.slots(2, 8), work, pipes.far()) for end, work in ends]
+            calls[0 if fills else 1].raises(_Given)
+            demand((a if fills else b).broken, "the pipe is not broken")
+            error = calls[1 if fills else 0].error()
+            demand(fills is False or isinstance(error, PeerGone), f"the receiving end's row ended in {error!r}")
+
+
+@_promise("messages that do not fit their slots are refused with ValueError, and harm nothing")
+def _(pipes: _Pipes) -> None:
+    def nothing(i: int, part: torch.Tensor) -> None:
+        pass
+
+    wide = pipes.zeros(64)
+    with pipes.pair() as (a, b):
+        for sizes, slots in (
+            ([9], [wide[:8]]),
+            ([1], []),
+            ([-1], [wide]),
+            ([8], [wide[::2]]),
+            ([8, 9], [wide, wide[:8]]),
+        ):
+            for row in (a.send_row, b.recv_row):
+                pipes.start(row, sizes, slots, nothing, pipes.far()).raises(ValueError)
+        pipes.start(a.send_row, [8], [wide.view(torch.int64)], nothing, pipes.far()).raises(ValueError)
+        demand(not a.broken and not b.broken, "the refusal broke the pipe")
+        pipes.carries(a, b, pipes.random(8))
+
+
+@_promise("rows that are not cut alike end in ProtocolError and in nothing else")
+def _(pipes: _Pipes) -> None:
+    for sent, expected in (([8, 8], [8, 9]), ([8], [7])):
+        with pipes.pair() as (a, b):
+            sending = pipes.send_row(a, [pipes.random(nbytes) for nbytes in sent], pipes.slots(2, 9))
+            pipes.recv_row(b, expected, pipes.slots(2, 9)).raises(ProtocolError)
+            if sending.error() is not None:
+                sending.raises(ProtocolError, PeerGone)
+
+
+@_promise("a row that waits for its peer ends at the deadline, or when the peer goes")
+def _(pipes: _Pipes) -> None:
+    def nothing(i: int, part: torch.Tensor) -> None:
+        pass
+
+    with pipes.pair() as (a, _b):
+        row = pipes.start(a.recv_row, [8, 8], pipes.slots(2, 8), nothing, time.monotonic() + _SOON)
+        row.raises(DeadlineExceeded)
+        demand(a.broken, "the pipe is not broken")
+    with pipes.pair() as (a, b):
+        row = pipes.start(a.recv_row, [8, 8], pipes.slots(2, 8), nothing, pipes.far()).settle(_SOON)
+        b.abort()
+        row.raises(PeerGone)
