@@ -1,5 +1,8 @@
 """Blocks come out of the cache and go back byte for byte, whatever the layout; digests find what changed."""
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.caches import DTYPES, KINDS, make_cache
 
+from kvsdk.errors import MismatchError
 from kvsdk.kernels import BlockStore, splitmix64
 from kvsdk.layout import layout_of
 
@@ -151,7 +155,7 @@ def layer_parts(store, data):
     """The staged bytes as one `(blocks, bytes)` view a layer."""
     n, start, parts = len(data) // store.layout.block_bytes, 0, []
     for layer in store.layout.layers:
-        parts.append(data[start : start + n * layer.block_bytes].reshape(n, -1))
+        parts.append(data[start : start + n * layer.block_bytes].reshape(n, layer.block_bytes))
         start += n * layer.block_bytes
     return parts
 
@@ -307,3 +311,137 @@ def test_layers_on_two_devices_are_refused():
     caches["b"] = caches["b"].to("meta")
     with pytest.raises(ValueError, match="one device"):
         BlockStore(caches, layout)
+
+
+# ---- fused operations, in place and from a peer
+
+
+def told(digests):
+    return digests.numpy().view(np.uint64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(caches, st.data())
+def test_digests_in_place_and_on_the_way_are_those_of_a_staging_buffer(cache, data):
+    store, ids = cache.store(), ids_of(cache, data)
+    n, positions = len(ids), data.draw(st.integers(0, 2**40)) + np.arange(len(ids))
+    plain, staging = store.staging(n), store.staging(n)
+    on_the_way, in_place = store.new_digests(n), store.new_digests(n)
+    store.gather(ids, plain)
+    store.gather_digest(ids, positions, staging, on_the_way)
+    store.digest_in_place(ids, positions, in_place)
+    assert torch.equal(plain, staging)
+    assert told(on_the_way).tolist() == told(in_place).tolist() == store.digest(plain, n, positions).tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(caches, st.data())
+def test_staged_blocks_are_written_if_their_digests_are_right(cache, data):
+    store, ids = cache.store(), ids_of(cache, data, unique=True)
+    n, positions = len(ids), np.arange(len(ids))
+    staging = torch.from_numpy(random_staging(store, n))
+    expected = store.digest(staging, n, positions)
+    corrupt = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=bool)
+    after = [cache.blocks(i) for i in range(len(cache.views))]
+    parts = layer_parts(store, staging.numpy())
+    for block in np.flatnonzero(corrupt):
+        part = parts[data.draw(st.integers(0, len(parts) - 1))]
+        part[block, data.draw(st.integers(0, part.shape[1] - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    for blocks, part in zip(after, parts, strict=True):
+        blocks[ids[~corrupt]] = part[~corrupt]
+    wrong = store.new_wrong(n).fill_(9)
+    store.scatter_verified(ids, positions, staging, expected, wrong)
+    assert wrong.tolist() == corrupt.astype(int).tolist()
+    for i, blocks in enumerate(after):
+        np.testing.assert_array_equal(cache.blocks(i), blocks)
+
+
+PAIRS = [("HND", "NHD"), ("BHLNC", "one buffer"), ("MLA 3-D", "MLA 4-D"), ("NHD", "NHD"), ("BLHNC", "BHLNC")]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("content", [8, 9])
+def test_blocks_are_pulled_from_a_peer_in_whatever_layout(theirs, ours, content):
+    peer, cache = (make_cache(kind, content=content, seed=i) for i, kind in enumerate((theirs, ours)))
+    peer_store, store = peer.store(), cache.store()
+    src_ids, dst_ids, positions = np.array([5, 0, 5], np.int32), np.array([2, 4, 1], np.int32), np.arange(7, 10)
+    before = [cache.content(i) for i in range(3)]
+    expected = peer_store.new_digests(3)
+    peer_store.digest_in_place(src_ids, positions, expected)
+    told(expected)[1] ^= np.uint64(1)
+    wrong, digests = store.new_wrong(3), store.new_digests(3)
+    there = store.peer(peer_store.layout, peer_store.addresses, peer)
+    store.pull(there, src_ids, dst_ids, positions=positions, expected=told(expected), wrong=wrong, digests=digests)
+    assert wrong.tolist() == [0, 1, 0]
+    assert (digests == expected).tolist() == [True, False, True]
+    for i, blocks in enumerate(before):
+        blocks[dst_ids] = peer.content(i)[src_ids]
+        np.testing.assert_array_equal(cache.content(i), blocks)
+
+
+def test_kernel_blocks_that_cut_the_tokens_otherwise_are_pulled():
+    peer, cache = (make_cache("HND", tokens=n, ratio=6 // n, seed=n) for n in (2, 3))
+    store = cache.store()
+    store.pull(store.peer(peer.layout(), peer.store().addresses), np.array([3], np.int32), np.array([5], np.int32))
+    for i in range(3):
+        np.testing.assert_array_equal(cache.content(i)[5], peer.content(i)[3])
+
+
+def test_a_peer_in_shared_memory_is_read_as_it_is_now():
+    cache, peer = make_cache("HND"), make_cache("HND", seed=1)
+    with mmap.mmap(-1, sum(s.numel() for s in peer.storages)) as memory:
+        start, addresses = ctypes.addressof(ctypes.c_char.from_buffer(memory)), []
+        for storage in peer.storages:
+            addresses.append(start + memory.tell())
+            memory.write(storage.numpy().tobytes())
+        store = cache.store()
+        there = store.peer(peer.layout(), np.array(addresses, np.uint64), memory)
+        for value in (1, 2):
+            memory[0] = value
+            store.pull(there, np.array([0], np.int32), np.array([3], np.int32))
+            assert cache.content(0)[3].ravel()[0] == value
+            assert (cache.content(0)[3].ravel()[1:] == peer.content(0)[0].ravel()[1:]).all()
+
+
+def test_a_peer_of_other_content_is_refused_by_name():
+    store = make_cache("HND").store()
+    other = make_cache("HND", heads=4).store()
+    with pytest.raises(MismatchError, match=r"^dims\.0\.H differs: ours is 2, the peer's is 4"):
+        store.peer(other.layout, other.addresses)
+    with pytest.raises(ValueError, match="addresses must be one for each of 3 layers"):
+        store.peer(store.layout, store.addresses[:2])
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    cache = make_cache("HND")
+    store, before, two = cache.store(), cache.clone(), np.array([0, 1], np.int32)
+    staging, positions, expected = store.staging(2), np.arange(2), np.zeros(2, np.uint64)
+    wrong, digests = store.new_wrong(2), store.new_digests(2)
+    there = store.peer(store.layout, store.addresses)
+    refused = [
+        ("positions must be int64", lambda: store.gather_digest(two, np.arange(3), staging, digests)),
+        ("digests must be a contiguous torch.int64", lambda: store.gather_digest(two, positions, staging, wrong)),
+        ("digests must be", lambda: store.digest_in_place(two, positions, store.new_digests(3))),
+        ("digests must be", lambda: store.digest_in_place(two, positions, store.new_digests(4)[::2])),
+        ("from 0 to 5", lambda: store.digest_in_place(two + 5, positions, digests)),
+        ("staging must be", lambda: store.scatter_verified(two, positions, staging[8:], expected, wrong)),
+        ("expected must be uint64", lambda: store.scatter_verified(two, positions, staging, positions, wrong)),
+        ("wrong must be", lambda: store.scatter_verified(two, positions, staging, expected, digests)),
+        ("twice", lambda: store.scatter_verified(two * 0, positions, staging, expected, wrong)),
+        ("twice", lambda: store.pull(there, two, two * 0)),
+        ("from 0 to 5", lambda: store.pull(there, two, two + 5)),
+        ("from 0 to 5", lambda: store.pull(there, two - 1, two)),
+        ("2 blocks cannot be copied to 1", lambda: store.pull(there, two, two[:1])),
+        ("digests need positions", lambda: store.pull(there, two, two, expected=expected)),
+        ("only be told with expected", lambda: store.pull(there, two, two, positions=positions, wrong=wrong)),
+    ]
+    for message, call in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert cache.same_bytes(before)
+
+
+def test_a_store_takes_an_sm_at_least():
+    cache = make_cache("HND")
+    with pytest.raises(ValueError, match="max_sms must be at least 1"):
+        BlockStore(cache.tensors, cache.layout(), max_sms=0)
