@@ -281,9 +281,7 @@ class BlockStore:
         if isinstance(self._blocks, CudaBlocks):
             return PeerCache(layout, addresses, owner, self._blocks.route(plan))
         if self.device.type == "cuda":
-            raise ConfigError(
-                "a peer's GPU memory can only be read by the kernels, which this worker lacks; see its log"
-            )
+            raise ConfigError("a peer's GPU memory is read by the kernels alone, which this worker lacks: see its log")
         return PeerCache(layout, addresses, owner, self._blocks.route(plan, addresses))
 
     def pull(
