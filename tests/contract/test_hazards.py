@@ -25,7 +25,7 @@ from kvsdk.connectors.pynccl import fetching, serving
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.fetching import Fetcher
 from kvsdk.connectors.pynccl.protocol import Source
-from kvsdk.connectors.pynccl.serving import Offers, WorkerServer
+from kvsdk.connectors.pynccl.serving import Offers
 from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, TaskEnded
@@ -300,7 +300,7 @@ def test_a_producer_that_is_not_read_from_any_more_costs_neither_thread_nor_memo
         assert decode(d, f"b{i}", prompt(100, i), others=[p]) == 99
         (fetcher,) = worker_half(d)._fetchers.values()
         fetcher._thread.join(5)
-        assert not fetcher._thread.is_alive() and fetcher._staging is None
+        assert not fetcher._thread.is_alive() and not fetcher._slots
         run_all(p, d, until=lambda: worker_half(p)._server.num_pairs == 0, seconds=5)
     at_rest(p, d)
 
@@ -419,7 +419,7 @@ def test_a_stranger_cannot_open_pairs_without_end(pair, monkeypatch):
     answers, channels = [], []
     for _ in range(3):
         channels.append(Channel(address=address))
-        channels[-1].send("open", pipe="gloo", timeout=1.0)
+        channels[-1].send("open", pipe="gloo", timeout=1.0, chunk=1)
         answers.append(channels[-1].recv(time.monotonic() + 5))
     assert [kind for kind, _ in answers] == ["invited", "invited", "refused"]
     assert "2" in answers[2][1]["reason"]
@@ -479,7 +479,7 @@ def _keys(tokens):
 def test_an_exception_in_a_thread_reaches_the_request_and_the_log(pair, monkeypatch, caplog, where):
     """On either side. The request is computed, the thread or its successor goes on."""
     owner, name = {
-        "reading": (WorkerServer, "_read"),
+        "reading": (serving._Read, "answer"),
         "receiving": (Fetcher, "_fetch"),
         "opening": (PyNcclWorker, "make_host"),
         "connecting": (PyNcclWorker, "join"),
@@ -507,18 +507,18 @@ def test_an_exception_in_a_thread_reaches_the_request_and_the_log(pair, monkeypa
 
 def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
     sent = collections.Counter()
-    control, data = Channel.send, TorchPipe.send
+    control, data = Channel.send, TorchPipe._begin
 
     def count_control(self, kind, **fields):
         sent[kind] += 1
         control(self, kind, **fields)
 
-    def count_data(self, tensor, deadline):
-        sent["tensor"] += 1
-        data(self, tensor, deadline)
+    def count_data(self, tensor, sender, deadline):
+        sent["tensor"] += sender == self._rank
+        return data(self, tensor, sender, deadline)
 
     monkeypatch.setattr(Channel, "send", count_control)
-    monkeypatch.setattr(TorchPipe, "send", count_data)
+    monkeypatch.setattr(TorchPipe, "_begin", count_data)
     counts = []
     for layers, tokens in ((1, 20), (7, 600)):
         p, d = pair(layers=layers)
@@ -527,7 +527,7 @@ def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
         counts.append(dict(sent))
         sent.clear()
         at_rest(p, d)
-    assert counts[0] == counts[1] == {"open": 1, "read": 1, "chunk": 1, "tensor": 1}
+    assert counts[0] == counts[1] == {"open": 1, "read": 1, "row": 1, "chunk": 1, "tensor": 1}
 
 
 def test_two_servers_load_from_each_other_at_the_same_time(engine):

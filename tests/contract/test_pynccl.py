@@ -259,11 +259,14 @@ class Flipped:
     def __init__(self, pipe, times):
         self._pipe, self._times = pipe, times
 
-    def recv(self, tensor, deadline):
-        self._pipe.recv(tensor, deadline)
-        if self._times:
-            self._times.pop()
-            tensor[tensor.numel() // 3] ^= 4
+    def recv_row(self, sizes, slots, drain, deadline):
+        def flip(i, part):
+            if self._times:
+                self._times.pop()
+                part[part.numel() // 3] ^= 4
+            drain(i, part)
+
+        self._pipe.recv_row(sizes, slots, flip, deadline)
 
     def __getattr__(self, name):
         return getattr(self._pipe, name)
@@ -310,19 +313,19 @@ def test_blocks_written_again_while_they_are_read_do_not_count(pair, monkeypatch
     prefill(p, "a", prompt(100))
     p.step()  # the worker hears of the offer
     store = type(p.workers[0].connector._half._store)
-    gather = store.gather
+    gather = store.gather_digest
     gathered = []
 
-    def slow(self, block_ids, staging):
+    def slow(self, block_ids, *args):
         buffer(p).close()  # ends every offer at once, claimed ones too
         while p.scheduler.has_requests():
             p.step()
         for words in p.workers[0].words:
             words[block_ids] = -1
-        gather(self, block_ids, staging)
+        gather(self, block_ids, *args)
         gathered.append(len(block_ids))
 
-    monkeypatch.setattr(store, "gather", slow)
+    monkeypatch.setattr(store, "gather_digest", slow)
     assert decode(d, "b", prompt(100)) == 0
     assert gathered == [7] and d.stats["loads_failed"] == 1
 

@@ -16,15 +16,18 @@ class Worker(PyNcclWorker):
     def join(self, invite, bind_ip, deadline):
         pipe = super().join(invite, bind_ip, deadline)
         asked = pathlib.Path(self.context.options.extra["folder"], "damage")
-        receive = pipe.recv
+        receive = pipe.recv_row
 
-        def recv(tensor, deadline):
-            receive(tensor, deadline)
-            if asked.exists():
-                asked.unlink()
-                tensor[-1] ^= 1
+        def recv_row(sizes, slots, drain, deadline):
+            def damage(i, part):
+                if asked.exists():
+                    asked.unlink()
+                    part[-1] ^= 1
+                drain(i, part)
 
-        pipe.recv = recv
+            receive(sizes, slots, damage, deadline)
+
+        pipe.recv_row = recv_row
         return pipe
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import queue
 import socket
@@ -16,7 +18,7 @@ import torch
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
-from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, Source, chunk_blocks, cut
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded
 from kvsdk.kernels import BlockStore
@@ -34,6 +36,24 @@ def local_ip_towards(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, int(port)))
         return probe.getsockname()[0]
+
+
+@dataclasses.dataclass
+class _Read:
+    """What has come of one load.
+
+    Attributes:
+        received: blocks, in order.
+        bad: indices into the task's blocks that are not valid.
+        reason: why the producer sends no more.
+        stopped: the task has ended; what still comes is dropped.
+    """
+
+    task: LoadTask
+    received: int = 0
+    bad: list[np.ndarray] = dataclasses.field(default_factory=list)
+    reason: KVError | None = None
+    stopped: bool = False
 
 
 class Fetcher:
@@ -60,14 +80,15 @@ class Fetcher:
     ):
         self.address, self._streams = address, streams
         self._store, self._kind, self._join, self._verify, self._counters = store, kind, join, verify, counters
-        self._chunk = max(1, staging_bytes // store.staging_bytes(1))
+        self._room = chunk_blocks(staging_bytes, store.staging_bytes(1))
+        self._chunk = self._room
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended = False  # nothing is queued any more
         self._stop = threading.Event()
         self._pipe: Pipe | None = None
         self._channel: Channel | None = None
-        self._staging: torch.Tensor | None = None
+        self._slots: list[torch.Tensor] = []
         self._read_id = 0
         self._thread = threading.Thread(target=self._run, name=f"kvsdk-fetch-{address}", daemon=True)
         self._thread.start()
@@ -102,7 +123,7 @@ class Fetcher:
         finally:
             self._end()
             self._disconnect()
-            self._staging = None
+            self._slots = []
             self._fail_queued(reason)
 
     def _end(self, *, only_if_idle: bool = False) -> bool:
@@ -146,7 +167,7 @@ class Fetcher:
         deadline = min(deadline, began + PAIR_TIMEOUT)
         opening = Channel(address=self.address)
         try:
-            opening.send("open", pipe=self._kind, timeout=deadline - began)
+            opening.send("open", pipe=self._kind, timeout=deadline - began, chunk=self._room)
             kind, fields = opening.recv(deadline)
         finally:
             opening.close()
@@ -154,6 +175,9 @@ class Fetcher:
             raise KVError(f"{self.address} refused to pair: {fields['reason']}")
         if kind != "invited":
             raise ProtocolError(f"{self.address} answered {kind}")
+        if not 0 < fields["chunk"] <= self._room:
+            raise ProtocolError(f"{self.address} sends messages of {fields['chunk']} blocks")
+        self._chunk = fields["chunk"]
         self._channel = Channel(address=fields["control"])
         self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
         if self._stop.is_set():
@@ -165,76 +189,90 @@ class Fetcher:
     def _fetch(self, task: LoadTask) -> None:
         assert self._channel is not None and self._pipe is not None
         source: Source = task.source
-        (block_ids,) = task.blocks
-        first, total = task.first_block, len(block_ids)
+        total = len(task.blocks[0])
         self._read_id += 1
-        if self._staging is None:
-            self._staging = self._store.staging(self._chunk)
+        if not self._slots:
+            self._slots = [self._store.staging(self._room) for _ in range(SLOTS)]
+            self._wrong = self._store.new_wrong(self._room)
         self._channel.send(
             "read",
             read_id=self._read_id,
             transfer_id=source.transfer_id,
-            first=first,
+            first=task.first_block,
             count=total,
             timeout=max(0.0, task.deadline - time.monotonic()),
         )
-        bad: list[np.ndarray] = []
-        reason: Exception | None = None
-        received, stopped = 0, False
-        while received < total:
-            kind, fields = self._channel.recv(task.deadline)
-            if kind == "failed" and fields["read_id"] == self._read_id:
-                reason = KVError(f"{self.address}: {fields['reason']}")
-                bad.append(np.arange(received, total))
+        read = _Read(task)
+        while read.reason is None and read.received < total:
+            kind, fields = self._hear(task)
+            if kind == "failed":
+                read.reason = KVError(f"{self.address}: {fields['reason']}")
                 break
-            n = fields.get("count", 0)
-            if kind != "chunk" or fields["read_id"] != self._read_id or not 0 < n <= min(self._chunk, total - received):
+            count = fields.get("count", 0)
+            if kind != "row" or not 0 < count <= min(ROW_CHUNKS * self._chunk, total - read.received):
                 raise ProtocolError(f"{self.address} sent {kind} out of turn")
-            part = self._staging[: self._store.staging_bytes(n)]
-            self._pipe.recv(part, task.deadline)
-            if not stopped:
-                try:
-                    wrong = self._write(
-                        task, block_ids[received : received + n], part, fields["digests"], first + received
-                    )
-                except TaskEnded:
-                    self._channel.send("stop", read_id=self._read_id)
-                    stopped = True
-                else:
-                    if len(wrong):
-                        bad.append(wrong + received)
-                        reason = KVError(f"{len(wrong)} blocks from {self.address} do not match their digests")
-                        self._counters.add("corrupt_blocks", len(wrong))
-            received += n
-        if stopped:
+            sizes = [self._store.staging_bytes(n) for n in cut(count, self._chunk)]
+            self._pipe.recv_row(sizes, self._slots, functools.partial(self._drain, read), task.deadline)
+        if read.stopped:
             raise TaskEnded(f"load of request {task.request_id}")
-        if reason is not None:
-            _fail(task, reason, np.concatenate(bad))
+        bad = np.concatenate([*read.bad, np.arange(read.received, total)])
+        if len(bad):
+            _fail(
+                task, read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad
+            )
         else:
             self._counters.add("loaded_blocks", total)
             self._counters.add("loaded_bytes", self._store.staging_bytes(total))
             task.done()
 
-    def _write(
-        self, task: LoadTask, block_ids: np.ndarray, part: torch.Tensor, digests: bytes, first: int
-    ) -> np.ndarray:
-        """Check a chunk and write what is right into the KV cache; returns the indices of what is not."""
-        n = len(block_ids)
-        select: np.ndarray | None = None
-        wrong = np.empty(0, np.int64)
-        if self._verify:
-            if len(digests) != 8 * n:
-                raise ProtocolError(f"{self.address} sent {len(digests)} bytes of digests for {n} blocks")
-            right = self._store.digest(part, n, np.arange(first, first + n)) == np.frombuffer(digests, "<u8")
-            wrong, select = np.flatnonzero(~right), np.flatnonzero(right)
+    def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
+        assert self._channel is not None
+        kind, fields = self._channel.recv(task.deadline)
+        if fields.get("read_id") != self._read_id:
+            raise ProtocolError(f"{self.address} sent {kind} of another read")
+        return kind, fields
+
+    def _drain(self, read: _Read, i: int, part: torch.Tensor) -> None:
+        """Take one message of a row."""
+        assert self._channel is not None
+        if read.reason is not None:
+            return
+        kind, fields = self._hear(read.task)
+        if kind == "failed":
+            read.reason = KVError(f"{self.address}: {fields['reason']}")
+            return
+        if kind != "chunk":
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        n = part.numel() // self._store.staging_bytes(1)
+        if not read.stopped:
+            try:
+                wrong = self._write(read.task, read.received, n, part, fields["digests"])
+            except TaskEnded:
+                self._channel.send("stop", read_id=self._read_id)
+                read.stopped = True
+            else:
+                if len(wrong):
+                    read.bad.append(wrong + read.received)
+                    self._counters.add("corrupt_blocks", len(wrong))
+        read.received += n
+
+    def _write(self, task: LoadTask, start: int, n: int, part: torch.Tensor, digests: bytes) -> np.ndarray:
+        """Write what is right of a chunk into the KV cache; returns the indices of what is not."""
+        block_ids = task.blocks[0][start : start + n]
+        first = task.first_block + start
+        if self._verify and len(digests) != 8 * n:
+            raise ProtocolError(f"{self.address} sent {len(digests)} bytes of digests for {n} blocks")
         with task.using():
             if task.fence is not None:
                 torch.cuda.current_stream().wait_event(task.fence)
-            if select is None or len(select):
-                self._store.scatter(block_ids, part, None if select is None or len(select) == n else select)
+            if self._verify:
+                expected = np.frombuffer(digests, "<u8").astype(np.uint64)
+                self._store.scatter_verified(block_ids, np.arange(first, first + n), part, expected, self._wrong[:n])
+            else:
+                self._store.scatter(block_ids, part)
             if part.is_cuda:
                 torch.cuda.current_stream().synchronize()
-        return wrong
+        return np.flatnonzero(self._wrong[:n].numpy()) if self._verify else np.empty(0, np.int64)
 
     def _disconnect(self) -> None:
         channel, pipe = self._channel, self._pipe

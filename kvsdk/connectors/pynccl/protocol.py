@@ -16,18 +16,20 @@ from kvsdk.layout import check_same
 _ID = Field(str, limit=64)
 
 WORKER_WIRE = Wire(
-    "kvsdk.worker/1",
+    "kvsdk.worker/2",
     {
         # consumer -> producer, to the worker's listener; answered once
-        "open": {"pipe": _ID, "timeout": float},
-        "invited": {"invite": dict, "control": Field(str, limit=256)},
+        "open": {"pipe": _ID, "timeout": float, "chunk": int},
+        "invited": {"invite": dict, "control": Field(str, limit=256), "chunk": int},
         "refused": {"reason": str},
         # consumer -> producer, on the pair's own channel
         "read": {"read_id": int, "transfer_id": Field(str, limit=1024), "first": int, "count": int, "timeout": float},
         "stop": {"read_id": int},
         "bye": {},
-        # producer -> consumer: each chunk goes before its bytes in the pipe; digests are 8 bytes a block, little-endian
-        "chunk": {"read_id": int, "count": int, "digests": bytes},
+        # producer -> consumer: `row` goes before a row of the pipe with so many blocks, `chunk` before each message of
+        # it, with 8 bytes of digest a block, little-endian; after `failed` the rest of a row is worth nothing
+        "row": {"read_id": int, "count": int},
+        "chunk": {"read_id": int, "digests": bytes},
         "failed": {"read_id": int, "reason": str},
     },
 )
@@ -36,6 +38,22 @@ COMPARED = ("protocol", "model", "parallel", "layout", "pipe", "digest")
 """What must be equal on two servers, in the order in which a difference is named."""
 
 NO_DIGEST = "off"
+
+SLOTS = 3
+"""Messages of a pair that staging memory holds: one is filled or drained, one is on its way, one is ready."""
+
+ROW_CHUNKS = 16
+"""Most messages of a row: how much is sent on after a read has failed, and what is enqueued at once."""
+
+
+def chunk_blocks(staging_bytes: int, block_bytes: int) -> int:
+    """Blocks of one message, if `staging_bytes` are to hold `SLOTS` messages."""
+    return max(1, staging_bytes // (SLOTS * block_bytes))
+
+
+def cut(count: int, chunk: int) -> list[int]:
+    """Blocks of each message of a row of `count` blocks."""
+    return [min(chunk, count - start) for start in range(0, count, chunk)]
 
 
 @dataclasses.dataclass(frozen=True)

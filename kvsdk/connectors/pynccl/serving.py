@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ import zmq
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Channel, zmq_context
-from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, WORKER_WIRE, chunk_blocks, cut
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import Pipe, PipeHost
@@ -138,7 +139,7 @@ class WorkerServer:
         offers: what may be read.
         kind: the kind of pipe that `make_host`'s hosts make.
         bind_ip: where to listen; the port is ephemeral.
-        staging_bytes: size of one pair's staging buffer.
+        staging_bytes: of one pair's staging memory.
         streams: where pairs take their streams from.
         counters: where `sent_bytes` is counted.
 
@@ -162,7 +163,7 @@ class WorkerServer:
         self._streams = streams
         self._store, self._offers, self._kind, self._make_host = store, offers, kind, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
-        self._chunk = max(1, staging_bytes // store.staging_bytes(1))
+        self._chunk = chunk_blocks(staging_bytes, store.staging_bytes(1))
         self._listener = zmq_context().socket(zmq.ROUTER)
         self._listener.setsockopt(zmq.LINGER, 0)
         self._listener.setsockopt(zmq.MAXMSGSIZE, WORKER_WIRE.max_bytes)
@@ -215,19 +216,22 @@ class WorkerServer:
         if len(self._pairs) >= MAX_PAIRS:
             logger.warning("a pair was refused: %d are open", MAX_PAIRS)
             return WORKER_WIRE.encode("refused", reason=f"{MAX_PAIRS} pairs are open, which is the limit")
+        if fields["chunk"] < 1:
+            raise ProtocolError(f"messages of {fields['chunk']} blocks")
+        chunk = min(self._chunk, fields["chunk"])
         host = self._make_host()
         invite = host.prepare()
         channel = Channel(bind_ip=self._bind_ip)
         timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
         thread = threading.Thread(
-            target=self._serve, args=(host, invite, channel, timeout), name="kvsdk-pair", daemon=True
+            target=self._serve, args=(host, invite, channel, chunk, timeout), name="kvsdk-pair", daemon=True
         )
         with self._lock:
             self._pairs[thread] = host
         thread.start()
-        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address)
+        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
 
-    def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, timeout: float) -> None:
+    def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, chunk: int, timeout: float) -> None:
         pipe: Pipe | None = None
         try:
             pipe = host.accept(invite, time.monotonic() + timeout)
@@ -235,7 +239,7 @@ class WorkerServer:
                 self._pipes.add(pipe)
             logger.info("paired with a consumer over %s", pipe.kind)
             with self._streams.own():
-                self._answer_reads(pipe, channel)
+                self._answer_reads(pipe, channel, chunk)
         except PeerGone as error:
             logger.info("a consumer left: %s", error)
         except PipeClosed:
@@ -255,8 +259,9 @@ class WorkerServer:
             with self._lock:
                 del self._pairs[threading.current_thread()]
 
-    def _answer_reads(self, pipe: Pipe, channel: Channel) -> None:
-        staging = self._store.staging(self._chunk)
+    def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
+        slots = [self._store.staging(chunk) for _ in range(SLOTS)]
+        digests = self._store.new_digests(chunk)
         while not self._stop.is_set():
             if not channel.poll(0.5):
                 continue
@@ -264,50 +269,11 @@ class WorkerServer:
             if kind == "bye":
                 return
             if kind == "read":
-                self._read(pipe, channel, staging, fields)
+                _Read(self._store, self._offers, pipe, channel, slots, digests if self._verify else None).answer(
+                    fields, self._counters
+                )
             elif kind != "stop":  # a stop that came after the last chunk
                 raise ProtocolError(f"{kind} on a pair's channel")
-
-    def _read(self, pipe: Pipe, channel: Channel, staging: torch.Tensor, fields: dict[str, Any]) -> None:
-        read_id, first, count = fields["read_id"], fields["first"], fields["count"]
-        deadline = time.monotonic() + max(0.0, fields["timeout"])
-        try:
-            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + OFFER_TIMEOUT))
-        except KVError as error:
-            channel.send("failed", read_id=read_id, reason=str(error))
-            return
-        if not 0 <= first < first + count <= len(offer.block_ids):
-            channel.send(
-                "failed",
-                read_id=read_id,
-                reason=f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}",
-            )
-            return
-        for start in range(first, first + count, self._chunk):
-            n = min(self._chunk, first + count - start)
-            part = staging[: self._store.staging_bytes(n)]
-            self._store.gather(offer.block_ids[start : start + n], part)
-            digests = b""
-            if self._verify:
-                digests = self._store.digest(part, n, np.arange(start, start + n)).astype("<u8").tobytes()
-            elif part.is_cuda:
-                torch.cuda.current_stream().synchronize()
-            # What was gathered counts only if the offer stood until now: its blocks are written again only after
-            # `Offers.end`.
-            if not self._offers.still(offer):
-                channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
-                return
-            while channel.poll(0):
-                kind, message = channel.recv(deadline)
-                if kind == "stop" and message["read_id"] == read_id:
-                    channel.send("failed", read_id=read_id, reason="stopped by the consumer")
-                    return
-                if kind == "bye":
-                    raise PeerGone("it gave the pair up in the middle of a read")
-                raise ProtocolError(f"{kind} during a read")
-            channel.send("chunk", read_id=read_id, count=n, digests=digests)
-            pipe.send(part, deadline)
-            self._counters.add("sent_bytes", part.numel())
 
     @property
     def num_pairs(self) -> int:
@@ -325,3 +291,86 @@ class WorkerServer:
             host.close()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class _Read:
+    """One consumer's read of an offer's blocks.
+
+    Args:
+        slots: staging memory, each for as many blocks as a message has.
+        digests: int64, for as many blocks; None if nothing is to be digested.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        offers: Offers,
+        pipe: Pipe,
+        channel: Channel,
+        slots: list[torch.Tensor],
+        digests: torch.Tensor | None,
+    ):
+        self._store, self._offers, self._pipe, self._channel = store, offers, pipe, channel
+        self._slots, self._digests = slots, digests
+        self._chunk = slots[0].numel() // store.staging_bytes(1)
+        self._failed = False
+
+    def answer(self, fields: dict[str, Any], counters: Counters) -> None:
+        self._read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+        self._deadline = time.monotonic() + max(0.0, fields["timeout"])
+        try:
+            offer = self._offers.get(fields["transfer_id"], min(self._deadline, time.monotonic() + OFFER_TIMEOUT))
+        except KVError as error:
+            self._fail(str(error))
+            return
+        if not 0 <= first < first + count <= len(offer.block_ids):
+            self._fail(f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
+            return
+        for start in range(first, first + count, ROW_CHUNKS * self._chunk):
+            self._heed()
+            if self._failed:
+                return
+            row = cut(min(ROW_CHUNKS * self._chunk, first + count - start), self._chunk)
+            self._channel.send("row", read_id=self._read_id, count=sum(row))
+            sizes = [self._store.staging_bytes(n) for n in row]
+            self._pipe.send_row(sizes, self._slots, functools.partial(self._fill, offer, start), self._deadline)
+            counters.add("sent_bytes", sum(sizes))
+
+    def _fill(self, offer: _Offer, start: int, i: int, part: torch.Tensor) -> None:
+        if self._failed:
+            return
+        n = part.numel() // self._store.staging_bytes(1)
+        first = start + i * self._chunk
+        ids = offer.block_ids[first : first + n]
+        told = b""
+        if self._digests is None:
+            self._store.gather(ids, part)
+        else:
+            self._store.gather_digest(ids, np.arange(first, first + n), part, self._digests[:n])
+        if part.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        if self._digests is not None:
+            told = self._digests[:n].numpy().view(np.uint64).astype("<u8").tobytes()
+        # What was gathered counts only if the offer stood until now: its blocks are written again only after
+        # `Offers.end`.
+        if not self._offers.still(offer):
+            self._fail("the offer ended meanwhile")
+            return
+        self._heed()
+        if not self._failed:
+            self._channel.send("chunk", read_id=self._read_id, digests=told)
+
+    def _heed(self) -> None:
+        """Whether the consumer wants no more."""
+        while self._channel.poll(0):
+            kind, message = self._channel.recv(self._deadline)
+            if kind == "stop" and message["read_id"] == self._read_id:
+                self._fail("stopped by the consumer")
+                return
+            if kind == "bye":
+                raise PeerGone("it gave the pair up in the middle of a read")
+            raise ProtocolError(f"{kind} during a read")
+
+    def _fail(self, reason: str) -> None:
+        self._failed = True
+        self._channel.send("failed", read_id=self._read_id, reason=reason)
