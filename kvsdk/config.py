@@ -108,7 +108,12 @@ class Options:
         "auto", "choice", "What carries the bytes; `auto` is NCCL between GPUs, else gloo.", choices=PIPES
     )
     verify: bool = _option(True, "bool", "Whether a block counts as loaded only when its digest matches.")
-    staging_bytes: int = _option(64 * 1024 * 1024, "bytes", "Bytes of the staging memory of a pair of workers, on each side: three messages.", low=1)
+    staging_bytes: int = _option(
+        64 * 1024 * 1024,
+        "bytes",
+        "Bytes of the staging memory of a pair of workers, on each side: three messages.",
+        low=1,
+    )
     nccl_max_ctas: int = _option(
         8, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
     )
