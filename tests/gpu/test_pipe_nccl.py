@@ -5,13 +5,9 @@ variant both processes see all GPUs, in the other each sees only its own. What t
 model, or about NCCL between hosts.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import queue
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +19,6 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS, HEADS, TOKENS, CONTENT = 4, 8, 16, 256  # 64 KiB a block and layer at 2 bytes
-LIMIT = 90.0  # seconds for a command that should take less than ten
 
 
 # One end of a pair, in its own process
@@ -208,64 +203,13 @@ if __name__ == "__main__":
 # The tests
 
 import pytest  # noqa: E402 - an end does not need it
+from support.ends import Worker  # noqa: E402
 
 DEVICES = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICES < 2, reason=f"needs 2 CUDA devices, and {DEVICES} are here"),
 ]
-
-
-class Worker:
-    """The test's handle on an end. Every wait has a limit, at which the process is killed and the test fails."""
-
-    def __init__(self, index, own_gpu_only):
-        environment = dict(os.environ)
-        if own_gpu_only:
-            environment["CUDA_VISIBLE_DEVICES"] = str(index)
-        device = "cuda:0" if own_gpu_only else f"cuda:{index}"
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        self.replies = queue.Queue()
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            # Libraries may write to the output, too.
-            with contextlib.suppress(ValueError):
-                self.replies.put(json.loads(line))
-        self.replies.put(None)
-
-    def start(self, do, **arguments):
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-
-    def reply(self, limit=LIMIT):
-        try:
-            reply = self.replies.get(timeout=limit)
-        except queue.Empty:
-            self.process.kill()
-            pytest.fail(f"an end did not answer within {limit} s")
-        assert reply is not None, "an end's process ended"
-        assert "failed" not in reply, reply.get("failed")
-        return reply
-
-    def __call__(self, do, **arguments):
-        self.start(do, **arguments)
-        return self.reply()
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
-        self.reader.join()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 def both(a, b, do, **arguments):
@@ -293,7 +237,10 @@ def workers():
     started = []
 
     def start(*indices, own_gpu_only=False):
-        new = [Worker(index, own_gpu_only) for index in indices]
+        new = []
+        for index in indices:
+            visible = {"CUDA_VISIBLE_DEVICES": str(index)} if own_gpu_only else {}
+            new.append(Worker(__file__, "cuda:0" if own_gpu_only else f"cuda:{index}", visible))
         started.extend(new)
         for worker in new:
             assert worker.reply() == {"ready": True}

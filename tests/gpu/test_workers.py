@@ -1,0 +1,240 @@
+"""Random KV between the worker halves of two `PyNcclConnector`s, a process each, without vLLM and without a model.
+
+`KVSDK_TEST_DEVICES=cpu,cpu` runs it over gloo, which shows that the test works and nothing about GPUs.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+LAYERS, HEADS, TOKENS, CONTENT = 4, 8, 16, 256  # 64 KiB a block and layer at 2 bytes
+DEVICES = os.environ.get("KVSDK_TEST_DEVICES", "cuda:0,cuda:1").split(",")
+
+
+class End:
+    """One server's worker half. Every public method is a command and returns a dict."""
+
+    def __init__(self, device):
+        sys.path.insert(0, str(REPOSITORY))
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.zeros(1, device=self.device)
+        self.half = None
+
+    def serve(self, role, pool, dtype, layout, seed, **options):
+        """A new worker half around a random KV cache."""
+        from kvsdk.config import parse_options
+        from kvsdk.connector.interface import CacheGeometry, Context
+        from kvsdk.connectors.pynccl import PyNcclWorker
+        from kvsdk.layout import layout_of
+
+        self.caches = self._random(pool, dtype, layout, seed)
+        cache_layout = layout_of(self.caches, num_blocks=pool, block_size=TOKENS)
+        config = {"kv_connector": "PyNcclConnector", "kv_role": role, "kv_connector_extra_config": options}
+        context = Context(
+            options=parse_options(config),
+            engine_id="test",
+            rank=0,
+            world_size=1,
+            model={},
+            cache=CacheGeometry(TOKENS, pool, cache_layout.block_bytes),
+        )
+        self.half = PyNcclWorker(context)
+        self.half.register(self.caches, cache_layout)
+        return self.half.handshake() | {"layout": ""}
+
+    def keep(self, hold, pool, blocks, seed):
+        self.half.kept(hold, (self._ids(pool, blocks, seed),))
+        return {}
+
+    def load(self, address, hold, pool, blocks, seed, first=0, timeout=60.0):
+        """Load an offer's blocks from its `first` on, into blocks of a random choice."""
+        from kvsdk.connector.tasks import LoadOrder, LoadTask
+        from kvsdk.connectors.pynccl.protocol import Source
+
+        ids = self._ids(pool, blocks, seed)
+        order = LoadOrder(1, "r", (ids[first:],), first, blocks * TOKENS, Source((address,), hold), timeout)
+        fence = None
+        if self.device.type == "cuda":
+            fence = torch.cuda.Event()
+            fence.record()
+        began = time.monotonic()
+        task = LoadTask(order, began + timeout, fence)
+        self.half.load(task)
+        while not task.ended and time.monotonic() < began + timeout:
+            time.sleep(50e-6)
+        seconds = time.monotonic() - began
+        return {"state": task.state.value, "error": str(task.error), "seconds": seconds, "bad": len(task.failed_blocks)}
+
+    def equal(self, pool, blocks, seeds, theirs, ours, dtype, layout, first=0):
+        """Whether this cache is its own random one, with the other's blocks where they were loaded and nowhere else."""
+        source, target = self._ids(pool, blocks, theirs)[first:], self._ids(pool, blocks, ours)[first:]
+        expected = self._random(pool, dtype, layout, seeds[1])
+        other = self._random(pool, dtype, layout, seeds[0])
+        at, of = (torch.from_numpy(ids.astype(np.int64)).to(self.device) for ids in (target, source))
+        same = []
+        for name, cache in self.caches.items():
+            expected[name].view(torch.uint8)[at] = other[name].view(torch.uint8)[of]
+            same.append(torch.equal(expected[name].view(torch.uint8), cache.view(torch.uint8)))
+        return {"equal": all(same)}
+
+    def let_go(self, hold):
+        self.half.let_go(hold)
+        return {}
+
+    def counters(self):
+        return self.half.take_counters()
+
+    def memory(self):
+        if self.device.type != "cuda":
+            return {"used": 0}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return {"used": torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]}
+
+    def close(self):
+        began = time.monotonic()
+        self.half.close()
+        self.half.close()
+        return {"seconds": time.monotonic() - began}
+
+    def _ids(self, pool, blocks, seed):
+        return np.random.default_rng(seed).permutation(pool)[:blocks].astype(np.int32)
+
+    def _random(self, pool, dtype, layout, seed):
+        """The same on both ends, whose devices are of one kind."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        dtype = getattr(torch, dtype)
+        shape = (pool, HEADS, TOKENS, CONTENT) if layout == "HND" else (pool, TOKENS, HEADS, CONTENT)
+        words = (*shape[:-1], CONTENT * dtype.itemsize // 4)
+        bits = {"dtype": torch.int32, "device": self.device, "generator": generator}
+        base = [torch.randint(-(2**31), 2**31, words, **bits).view(dtype) for _ in range(LAYERS)]
+        return {f"layers.{i}": t.transpose(1, 2) if layout == "NHD" else t for i, t in enumerate(base)}
+
+
+def serve(device):
+    end = End(device)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            reply = getattr(end, command.pop("do"))(**command)
+        except Exception:  # noqa: BLE001 - the test fails with it
+            reply = {"failed": traceback.format_exc()}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
+    sys.exit()
+
+
+# The tests
+
+import pytest  # noqa: E402 - an end does not need it
+from support.ends import Worker  # noqa: E402
+
+FOUND = len(DEVICES) if "cpu" in DEVICES[0] else torch.cuda.device_count()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(FOUND < 2, reason=f"needs 2 CUDA devices, and {FOUND} are here")]
+POOL = 600
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Starts ends; all that the module starts are stopped at its end."""
+    started = []
+
+    def start(*indices):
+        new = []
+        for i in indices:
+            visible = {} if DEVICES[i] == "cpu" else {"CUDA_VISIBLE_DEVICES": str(i)}
+            new.append(Worker(__file__, "cpu" if DEVICES[i] == "cpu" else "cuda:0", visible))
+        started.extend(new)
+        for worker in new:
+            assert worker.reply() == {"ready": True}
+        return new
+
+    yield start
+    for worker in started:
+        worker.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(ends):
+    return ends(0, 1)
+
+
+def two(pair, dtype="bfloat16", layout="HND", **options):
+    """Worker halves on both; returns the producer's handshake."""
+    a, b = pair
+    cache = {"pool": POOL, "dtype": dtype, "layout": layout}
+    told = a("serve", role="kv_producer", seed=1, **cache, **options)
+    b("serve", role="kv_consumer", seed=2, **cache, **options)
+    return told
+
+
+def same(b, blocks, dtype="bfloat16", layout="HND", first=0):
+    return b(
+        "equal", pool=POOL, blocks=blocks, seeds=[1, 2], theirs=3, ours=4, dtype=dtype, layout=layout, first=first
+    )["equal"]
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "HND"), ("float16", "NHD"), ("float8_e4m3fn", "NHD")])
+def test_offered_blocks_arrive_byte_for_byte(pair, dtype, layout, verify, capsys):
+    a, b = pair
+    # Staging memory for a few blocks, so that reads are many messages and several rows.
+    told = two(pair, dtype, layout, verify=verify, staging_bytes=3 * 8 * LAYERS * 65536)
+    for blocks in (1, 7, 64, 511):
+        for first in (0, blocks // 2):
+            b("serve", role="kv_consumer", seed=2, pool=POOL, dtype=dtype, layout=layout, verify=verify,
+              staging_bytes=3 * 8 * LAYERS * 65536)  # fmt: skip
+            hold = f"{blocks}-{first}"
+            a("keep", hold=hold, pool=POOL, blocks=blocks, seed=3)
+            got = b("load", address=told["address"], hold=hold, pool=POOL, blocks=blocks, seed=4, first=first)
+            assert got["state"] == "done", got
+            assert same(b, blocks, dtype, layout, first)
+            a("let_go", hold=hold)
+            assert b("close")["seconds"] < 10
+    with capsys.disabled():
+        print(f"\n{dtype} {layout} verify={verify}: {blocks - first} blocks in {got['seconds'] * 1e3:.1f} ms")
+    a("close")
+
+
+def test_a_read_of_what_was_let_go_fails_and_the_next_one_works(pair):
+    a, b = pair
+    told = two(pair)
+    a("keep", hold="x", pool=POOL, blocks=20, seed=3)
+    a("let_go", hold="x")
+    got = b("load", address=told["address"], hold="x", pool=POOL, blocks=20, seed=4)
+    assert got["state"] == "failed" and got["bad"] == 20
+    a("keep", hold="y", pool=POOL, blocks=20, seed=3)
+    assert b("load", address=told["address"], hold="y", pool=POOL, blocks=20, seed=4)["state"] == "done"
+    assert same(b, 20)
+    a("close")
+    b("close")
+
+
+def test_a_producer_that_is_killed_costs_its_load_and_no_more(ends):
+    victim, b = ends(0, 1)
+    told = two((victim, b))
+    victim("keep", hold="x", pool=POOL, blocks=500, seed=3)
+    assert b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4)["state"] == "done"
+    victim.stop()
+    got = b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4, timeout=10.0)
+    assert got["state"] == "failed" and got["seconds"] < 15
+    (fresh,) = ends(0)
+    told = fresh("serve", role="kv_producer", seed=1, pool=POOL, dtype="bfloat16", layout="HND")
+    fresh("keep", hold="x", pool=POOL, blocks=500, seed=3)
+    assert b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4)["state"] == "done"
+    assert same(b, 500)
+    b("close")
+    fresh("close")
