@@ -23,10 +23,10 @@ LEASE = 4.0
 MODES = ("repeat", "params")
 MAX_MODEL_LEN = 640
 POOL = 28
-"""Blocks of the decode server: eight requests of four blocks do not fit, so that some are preempted."""
+"""Blocks of the decode server: eight requests of nine blocks do not fit, so that some are preempted."""
 LONGEST = 590
 AT_ONCE = 8
-ANSWER = 40
+ANSWER, LONG_ANSWER = 40, 5 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,22 @@ def _forty(prompts: Prompts, name: str) -> list[_Ask]:
     return asks
 
 
-def test_forty_prompts_eight_at_a_time_with_preemptions(servers, proxy):
-    asks = _forty(Prompts(f"forty {proxy.name}"), proxy.name)
-    assert len(asks) == 40
+def _growing(prompts: Prompts) -> list[_Ask]:
+    """Clients that all start at once, and whose answers outgrow the pool while they are written."""
+    bodies = [
+        {"prompt": prompts.of(4 * BLOCK), "max_tokens": LONG_ANSWER, "temperature": 0, "return_token_ids": True}
+        for _ in range(AT_ONCE)
+    ]
+    return [_Ask("whole", 4 * BLOCK, body) for body in bodies]
+
+
+def test_forty_prompts_and_eight_that_are_preempted_eight_at_a_time(servers, proxy):
+    prompts = Prompts(f"forty {proxy.name}")
+    asks = [*_forty(prompts, proxy.name), *_growing(prompts)]
+    assert len(asks) == 40 + AT_ONCE
     expected = [_ask(servers.alone, ask)[: ask.leave_after] for ask in asks]
     random.Random(proxy.name).shuffle(order := list(range(40)))
+    order += range(40, len(asks))
     count, preempted = Count(servers.decode), servers.decode.metrics()["vllm:num_preemptions_total"]
     counted = servers.decode.metrics()["vllm:prompt_tokens_total"]
     with ThreadPoolExecutor(AT_ONCE) as pool:
