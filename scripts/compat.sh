@@ -32,21 +32,13 @@ fetch() { # VERSION: leaves the unpacked sources in .cache/vllm-VERSION
     rm -rf "$partial"
 }
 
-# One core each: a release's tests use little more.
-declare -A logs pids
-for version in "$@"; do
-    fetch "$version"
-    logs[$version]=$(mktemp)
-    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -p no:cacheprovider \
-        -m "compat and not slow" tests/contract tests/testing >"${logs[$version]}" 2>&1 &
-    pids[$version]=$!
-done
-trap 'kill "${pids[@]}" 2>/dev/null; rm -f "${logs[@]}"' EXIT
 failed=()
 for version in "$@"; do
-    wait "${pids[$version]}" || failed+=("$version")
+    fetch "$version"
     echo "== contract tests and the conformance suite against the sources of vLLM $version"
-    cat "${logs[$version]}"
+    PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m "compat and not slow" \
+        tests/contract tests/testing ||
+        failed+=("$version")
 done
 echo "== vLLM's toy proxies, from these sources, in front of two servers of the installed vLLM"
 "$python" -m pytest tests/servers/test_toy_proxies.py || failed+=("toy proxies")
