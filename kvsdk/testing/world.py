@@ -486,8 +486,8 @@ class World:
                 return
             rounds += 1
             if self.by_hand:
-                # Steps take time, or engines that vLLM keeps busy, preempting and resuming a request for want of blocks,
-                # would never see the end of the hold that has them.
+                # Steps take time. Otherwise an engine in which vLLM preempts and resumes a request for want of blocks,
+                # again and again, would never see the end of the hold that has them.
                 self.clock.advance(STEP_SECONDS)
             if rounds * STEP_SECONDS > patience + 30 if self.by_hand else time.monotonic() - began > 40:
                 raise NeverEnds(f"engines are busy and nothing ends: {self._waiting()}")
