@@ -143,7 +143,9 @@ def _configs(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
         if arguments.options:
             raise ConfigError("--options without a connector; name one by --connector")
         return configs
-    common = {"kv_connector": arguments.connector, "kv_connector_extra_config": arguments.options}
+    # Three servers that have just booted on a laptop may be slow to answer; a prompt is not computed for that.
+    extra = {"lookup_timeout": 10.0, **(arguments.options or {})}
+    common = {"kv_connector": arguments.connector, "kv_connector_extra_config": extra}
     common |= {"kv_parallel_size": 2, "kv_port": free_port()}
     configs["prefill"] = transfer_config(common | {"kv_role": "kv_producer", "kv_rank": 0})
     configs["decode"] = transfer_config(common | {"kv_role": "kv_consumer", "kv_rank": 1})

@@ -34,7 +34,8 @@ def producer(port: int, **options: Any) -> dict[str, Any]:
 
 def consumer(*ports: int, **options: Any) -> dict[str, Any]:
     """`--kv-transfer-config` of a decode server that asks the producers on `ports`."""
-    extra = {"producers": [f"{HOST}:{port}" for port in ports], "kv_parallel_size": 2}
+    # Tests wait for what comes over, however busy the machine is; a prompt that no producer has is known at once.
+    extra = {"producers": [f"{HOST}:{port}" for port in ports], "kv_parallel_size": 2, "lookup_timeout": 10.0}
     extra |= options.pop("kv_connector_extra_config", {})
     given = {"kv_connector": "PyNcclConnector", "kv_role": "kv_consumer", "kv_connector_extra_config": extra}
     return transfer_config(given | options)
