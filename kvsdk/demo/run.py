@@ -144,7 +144,7 @@ def _configs(arguments: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
             raise ConfigError("--options without a connector; name one by --connector")
         return configs
     # Three servers that have just booted on a laptop may be slow to answer; a prompt is not computed for that.
-    extra = {"lookup_timeout": 10.0, **(arguments.options or {})}
+    extra = {"lookup_timeout": 10.0, **arguments.options}
     common = {"kv_connector": arguments.connector, "kv_connector_extra_config": extra}
     common |= {"kv_parallel_size": 2, "kv_port": free_port()}
     configs["prefill"] = transfer_config(common | {"kv_role": "kv_producer", "kv_rank": 0})
