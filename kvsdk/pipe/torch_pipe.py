@@ -51,6 +51,9 @@ _GRACE_AFTER_PEER = 0.5
 _EVENT_LIMIT = 0.5
 _ABORT_LIMIT = 2.0
 _STORE_POLL = 0.005
+_STORE_ATTEMPT = timedelta(seconds=1)
+# Gloo's own rendezvous, which takes a fraction of a second, cannot be interrupted; it ends by then.
+_RENDEZVOUS_LIMIT = timedelta(seconds=5)
 _INVITE_FIELDS = {"version": int, "kind": str, "host": str, "port": int, "pair": str, "max_ctas": int}
 
 
@@ -259,11 +262,19 @@ def join(invite: dict[str, Any], device: torch.device | str, bind_ip: str, deadl
     _probe(invite["host"], invite["port"], deadline)
 
     def connect_store() -> dist.TCPStore:
-        store = dist.TCPStore(
-            invite["host"], invite["port"], 2, is_master=False, timeout=_remaining(deadline), wait_for_workers=False
-        )
-        store.set(_joined_key(invite["pair"]), b"1")
-        return store
+        # PyTorch goes on trying for twice its timeout where a peer that dies has reset the connection. In short
+        # attempts this thread does not outlive the deadline by much.
+        host, port, limit = invite["host"], invite["port"], _STORE_ATTEMPT
+        while True:
+            try:
+                store = dist.TCPStore(host, port, 2, is_master=False, timeout=limit, wait_for_workers=False)
+            except RuntimeError:
+                logger.debug("connecting to %s:%d failed", host, port, exc_info=True)
+                _probe(host, port, deadline)
+                continue
+            store.set_timeout(_remaining(deadline))
+            store.set(_joined_key(invite["pair"]), b"1")
+            return store
 
     store = _within(deadline, "connecting to the peer's store", connect_store)
     return _connect(store, _CONSUMER, invite, device, bind_ip, deadline)
@@ -615,7 +626,7 @@ def _connect(
 
     def make_group() -> dist.ProcessGroupGloo:
         options = dist.ProcessGroupGloo._Options()
-        options._timeout = _remaining(deadline)
+        options._timeout = min(_remaining(deadline), _RENDEZVOUS_LIMIT)
         options._threads = 1
         # By host name, or gloo would listen on an interface of its own choice.
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_ip, lazy_init=False)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ANSWER_TIMEOUT = 90.0
 """Most seconds that an engine's process takes to carry one operation out, its start included."""
 
-END_TIMEOUT = 3.0
+END_TIMEOUT = 8.0
 """Most seconds that a process and the threads in it take to end once the engine is closed."""
 
 _SEEN = (
@@ -127,7 +127,7 @@ class EngineProcess:
         if self._closed:
             return
         try:
-            self._call("close")
+            self._call("close", END_TIMEOUT)
         except BaseException:
             self.kill()
             raise
@@ -198,9 +198,9 @@ class _Server:
     def add(self, *args: Any, **more: Any) -> None:
         self.engine.add(*args, **more)
 
-    def close(self) -> None:
+    def close(self, timeout: float) -> None:
         self.engine.close()
-        deadline = time.monotonic() + END_TIMEOUT
+        deadline = time.monotonic() + timeout
         while left := [one.name for one in set(threading.enumerate()) - self._threads if one.is_alive()]:
             assert time.monotonic() < deadline, f"threads are left: {left}"
             time.sleep(0.01)

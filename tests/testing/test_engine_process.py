@@ -7,7 +7,7 @@ import pytest
 from test_suite_pynccl import capabilities, connector, options, ready
 
 from kvsdk.errors import ConfigError
-from kvsdk.testing import HandOverConnector, Prompt, Subject, World
+from kvsdk.testing import HandOverConnector, Prompt, Subject, World, engine_process
 from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER
 from kvsdk.testing.engine_process import EngineFailed
 
@@ -67,7 +67,8 @@ def test_a_process_that_dies_is_a_failure_at_once():
         world.restart(1)
 
 
-def test_threads_that_are_left_are_named():
+def test_threads_that_are_left_are_named(monkeypatch):
+    monkeypatch.setattr(engine_process, "END_TIMEOUT", 1.0)
     subject = Subject(connector, capabilities, options=options, ready=leave_a_thread, processes=True)
     with pytest.raises(EngineFailed, match="left-behind"):
         with World(subject):
