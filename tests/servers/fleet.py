@@ -46,14 +46,14 @@ class Fleet:
 
     def __init__(self, model: Path, folder: Path):
         self.model, self._folder = model, folder
-        self._servers: list[Server] = []
+        self.servers: list[Server] = []
 
     def __enter__(self) -> Fleet:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(Server.stop, self._servers))
+            list(pool.map(Server.stop, self.servers))
 
     def vllm(
         self,
@@ -65,10 +65,10 @@ class Fleet:
         **options: Any,
     ) -> Server:
         """Start `vllm serve` with blocks of `BLOCK` tokens; `options` are those of `vllm_server`."""
-        log = self._folder / f"{name}-{len(self._servers)}.log"
+        log = self._folder / f"{name}-{len(self.servers)}.log"
         args = ("--block-size", str(BLOCK), *args)
         server = vllm_server(model or self.model, name=name, log=log, transfer_config=config, args=args, **options)
-        self._servers.append(server)
+        self.servers.append(server)
         return server
 
     def proxy(self, mode: str, prefill: Server, decode: Server, port: int) -> Server:
@@ -76,12 +76,12 @@ class Fleet:
         command = [sys.executable, "-m", "kvsdk.cli", "proxy", "--host", HOST, "--port", str(port), "--mode", mode]
         command += ["--prefill", prefill.url, "--decode", decode.url]
         server = Server(command, name=f"proxy-{mode}", port=port, log=self._folder / f"proxy-{mode}.log")
-        self._servers.append(server)
+        self.servers.append(server)
         return server
 
     def wait(self) -> Fleet:
         """Wait until all that were started are healthy."""
-        wait_all_healthy([server for server in self._servers if server.process.poll() is None], BOOT_TIMEOUT)
+        wait_all_healthy([server for server in self.servers if server.process.poll() is None], BOOT_TIMEOUT)
         return self
 
 
@@ -90,6 +90,12 @@ def met(decode: Server, *ports: int) -> None:
     for port in ports:
         said = f"the producer on {HOST}:{port} is up"
         until(f"{decode.name} says that {said}", lambda said=said: said in decode.log.read_text(errors="replace"))
+
+
+def said(server: Server, lines: int = 12) -> str:
+    """The last lines that kvsdk wrote to the server's log, and those that tell of an error."""
+    log = server.log.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in log if "kvsdk" in line or "ERROR" in line][-lines:])
 
 
 def kill(server: Server) -> None:

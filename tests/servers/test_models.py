@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fleet import BLOCK, Count, Prompts, answer, consumer, met, offer, producer
+from fleet import BLOCK, Count, Prompts, answer, consumer, met, offer, producer, said
 
 from kvsdk.demo.servers import Server, free_port
 
@@ -79,6 +79,8 @@ def test_latent_attention_hands_over_prompts_of_any_length_whole(pairs):
 def test_every_rank_of_two_loads_its_own_share(pairs):
     prefill, decode = pairs["tp2"]
     prompt = Prompts("share").of(3 * BLOCK)
-    before = decode.metrics().get("kvsdk_loaded_blocks_total", 0)
-    assert answer(prefill, prompt, 4) == answer(decode, prompt, 4)
+    expected = answer(prefill, prompt, 4)
+    before, count = decode.metrics().get("kvsdk_loaded_blocks_total", 0), Count(decode)
+    assert answer(decode, prompt, 4) == expected
+    assert count.adds_up_to(len(prompt))["external_kv_transfer"] == len(prompt), said(decode)
     assert decode.metrics()["kvsdk_loaded_blocks_total"] - before == 2 * 3
