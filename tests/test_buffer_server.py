@@ -419,6 +419,23 @@ def test_a_connection_that_breaks_leaves_claims_alone(stack, serve, connect):
     assert server.buffer.renew([claim.claim_id]) == [claim.claim_id]
 
 
+def test_the_first_lookup_over_a_new_connection_is_answered_too(stack, serve, connect):
+    """libzmq makes a connection anew by itself, and the server does not know the new one until it is greeted."""
+    server = serve()
+    offer(server.buffer)
+    relay = stack.enter_context(Relay(server.port))
+    client = connect(relay.address)
+    for connections in (2, 3):
+        relay.cut()
+        until(lambda wanted=connections: relay.connections >= wanted)
+        before = server.counters["messages"]
+        until(lambda before=before: server.counters["messages"] > before)
+        claim = ask(client)
+        assert claim is not None
+        client.release(claim, used=False)
+    assert client.peers()[relay.address].state == "up"
+
+
 class Relay:
     """Passes bytes on between a port of its own and another, until the connections are cut."""
 

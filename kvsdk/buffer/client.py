@@ -108,14 +108,19 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Lookup:
-    """A question that is open: at `deadline`, or when `unanswered` (addresses) is empty, `best` is the answer."""
+    """A question that is open: at `deadline`, or when `unanswered` (addresses) is empty, `best` is the answer.
+
+    `message` asks it; `repeated` are the addresses that were asked a second time.
+    """
 
     ticket: str
+    message: bytes
     keys: PrefixKeys | None
     min_tokens: int
     deadline: float
     unanswered: set[str]
     best: RemoteClaim | None = None
+    repeated: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -405,7 +410,7 @@ class BufferClient:
             return
         self._tickets[ticket] = uid
         addresses = {peer.address for peer in peers}
-        self._lookups[uid] = _Lookup(ticket, keys, min_tokens, now + self._lookup_timeout, addresses)
+        self._lookups[uid] = _Lookup(ticket, data, keys, min_tokens, now + self._lookup_timeout, addresses)
         for peer in peers:
             peer.last_used = now
             if peer.state == "up":
@@ -511,9 +516,10 @@ class BufferClient:
         dealer.immediate = 1
         dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 1000
         dealer.connect_timeout = 5000
-        # libzmq's own heartbeat ends a connection whose other host has vanished, so that it is made anew.
+        # libzmq's own heartbeat ends a connection whose other host has vanished, so that it is made anew. It is the more
+        # patient one: a busy machine is not to lose connections that stand.
         dealer.heartbeat_ivl = int(1000 * min(max(self._heartbeat, 0.1), 30))
-        dealer.heartbeat_timeout = MISSED_HEARTBEATS * dealer.heartbeat_ivl
+        dealer.heartbeat_timeout = 4 * MISSED_HEARTBEATS * dealer.heartbeat_ivl
         dealer.ipv6 = peer.address.startswith("[")
         if self._curve:
             self._curve.apply(dealer)
@@ -692,14 +698,20 @@ class BufferClient:
             self._replaced(peer, fields["engine_id"], now)
 
     def _on_hello_first(self, peer: _Peer, fields: dict[str, Any], now: float) -> None:
-        if fields["ticket"] is not None:
-            peer.expecting.pop(fields["ticket"], None)
-            self._nothing(peer, fields["ticket"], now)
+        uid = fields["ticket"]
+        peer.expecting.pop(uid, None)
         if fields["engine_id"] != peer.engine_id:
             self._replaced(peer, fields["engine_id"], now)
-        elif peer.state == "up":
-            # The same server over a new connection: the claims stand.
-            self._greet_again(peer, now)
+            return
+        # The same server over a new connection, which libzmq made: the claims stand, and what was asked is asked again
+        # behind a greeting.
+        lookup = self._lookups.get(uid)
+        if lookup is None or peer.state != "up" or peer.address in lookup.repeated:
+            self._nothing(peer, uid, now)
+            return
+        lookup.repeated.add(peer.address)
+        self._outbox.append((peer, self._hello, None))
+        self._outbox.append((peer, lookup.message, uid))
 
     def _on_error(self, peer: _Peer, fields: dict[str, Any], now: float) -> None:
         logger.warning("the producer on %s answers with an error: %s", peer.address, fields["message"][:400])
