@@ -516,8 +516,8 @@ class BufferClient:
         dealer.immediate = 1
         dealer.reconnect_ivl, dealer.reconnect_ivl_max = 100, 1000
         dealer.connect_timeout = 5000
-        # libzmq's own heartbeat ends a connection whose other host has vanished, so that it is made anew. It is the more
-        # patient one: a busy machine is not to lose connections that stand.
+        # libzmq's own heartbeat ends a connection whose other host has vanished, so that it is made anew. It is the
+        # more patient one: a busy machine is not to lose connections that stand.
         dealer.heartbeat_ivl = int(1000 * min(max(self._heartbeat, 0.1), 30))
         dealer.heartbeat_timeout = 4 * MISSED_HEARTBEATS * dealer.heartbeat_ivl
         dealer.ipv6 = peer.address.startswith("[")
