@@ -102,6 +102,9 @@ class Options:
     )
     lease: float = _option(30.0, "seconds", "How long an offer or a claim lasts without word from its holder.")
     lookup_timeout: float = _option(1.0, "seconds", "How long a request waits for producers' answers.")
+    heartbeat: float = _option(
+        1.0, "seconds", "Between two signs of life of a producer; a consumer does not ask one that has missed three."
+    )
     load_timeout: float = _option(30.0, "seconds", "How long a request's blocks may take to arrive, or to be saved.")
     close_timeout: float = _option(5.0, "seconds", "How long closing may take.")
     pipe: str = _option(

@@ -131,7 +131,7 @@ def test_a_buffer_size_that_holds_nothing_is_refused_saying_what_to_set(size):
         options(kv_buffer_size=size)
 
 
-@pytest.mark.parametrize("name", ["lease", "lookup_timeout", "load_timeout", "close_timeout"])
+@pytest.mark.parametrize("name", ["lease", "lookup_timeout", "heartbeat", "load_timeout", "close_timeout"])
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, False, "30"])
 def test_a_deadline_is_a_finite_number_of_seconds_above_zero(name, value):
     with pytest.raises(ConfigError, match=f"{name}=.*seconds above 0"):

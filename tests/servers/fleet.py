@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kvsdk
 from kvsdk.config import transfer_config
 from kvsdk.demo.servers import HOST, Server, ServerFailed, vllm_server, wait_all_healthy
 
@@ -93,9 +95,11 @@ def met(decode: Server, *ports: int) -> None:
 
 
 def said(server: Server, lines: int = 12) -> str:
-    """The last lines that kvsdk wrote to the server's log, and those that tell of an error."""
+    """The last lines of the server's log that come from modules with names of kvsdk's, or tell of an error."""
+    ours = {module.name for module in Path(kvsdk.__file__).parent.rglob("*.py")}
     log = server.log.read_text(errors="replace").splitlines()
-    return "\n".join([line for line in log if "kvsdk" in line or "ERROR" in line][-lines:])
+    told = [line for line in log if ours.intersection(re.findall(r"\[(\w+\.py):\d+\]", line)) or "ERROR" in line]
+    return "\n".join(told[-lines:])
 
 
 def kill(server: Server) -> None:

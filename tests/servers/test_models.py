@@ -25,7 +25,9 @@ def pairs(new_fleet, tiny_llama, tiny_deepseek_v2) -> dict[str, tuple[Server, Se
         for name, (model, args) in models.items():
             more = {"model": model, "args": args}
             prefill = fleet.vllm(f"{name}-prefill", producer(ports[name]), **more)
-            found[name] = prefill, fleet.vllm(f"{name}-decode", consumer(ports[name]), **more)
+            # Ranks of a server on CPUs spin while they wait for each other: signs of life may come late.
+            patient = consumer(ports[name], kv_connector_extra_config={"heartbeat": 10.0})
+            found[name] = prefill, fleet.vllm(f"{name}-decode", patient, **more)
         fleet.wait()
         for name, port in ports.items():
             met(found[name][1], port)

@@ -117,6 +117,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
                 producers=producers,
                 check=check_producer,
                 lookup_timeout=options.lookup_timeout,
+                heartbeat=options.heartbeat,
                 curve=client_curve(options),
             )
             logger.info("looks prompts up at %s", ", ".join(producers) or "the producers that kv_transfer_params name")
