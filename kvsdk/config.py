@@ -32,7 +32,7 @@ from kvsdk.errors import ConfigError
 log = logging.getLogger("kvsdk.config")
 
 ROLES = ("kv_producer", "kv_consumer", "kv_both")
-PIPES = ("auto", "gloo", "nccl")
+PIPES = ("auto", "peer", "gloo", "nccl")
 
 OWN_CONNECTORS = frozenset({"PyNcclConnector"})
 """Connectors whose options are those of `Options` and no others."""
@@ -108,7 +108,10 @@ class Options:
     load_timeout: float = _option(30.0, "seconds", "How long a request's blocks may take to arrive, or to be saved.")
     close_timeout: float = _option(5.0, "seconds", "How long closing may take.")
     pipe: str = _option(
-        "auto", "choice", "What carries the bytes; `auto` is NCCL between GPUs, else gloo.", choices=PIPES
+        "auto",
+        "choice",
+        "What carries the bytes; `auto` is NCCL between GPUs, else gloo. `peer` reads the other GPU's memory in place.",
+        choices=PIPES,
     )
     verify: bool = _option(True, "bool", "Whether a block counts as loaded only when its digest matches.")
     staging_bytes: int = _option(

@@ -33,6 +33,10 @@ class ProtocolError(KVError):
     """A message was malformed, too large, or of an unknown kind or version."""
 
 
+class WindowUnavailable(KVError):
+    """A worker's memory cannot be read in place by another one; the message says why. Another kind of pipe serves."""
+
+
 class MismatchError(KVError):
     """Two servers cannot exchange KV: `field` is the first field that differs.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvsdk.errors import ConfigError, KVError
+from kvsdk.kernels.bindings import call, load
 
 logger = logging.getLogger("kvsdk.kernels")
 
@@ -44,7 +45,7 @@ def version() -> tuple[int, int]:
     Raises:
         ConfigError: `cuda.bindings` or NVRTC is not installed.
     """
-    _, major, minor = _call(_nvrtc().nvrtcVersion)
+    _, major, minor = call(_nvrtc().nvrtcVersion)
     return major, minor
 
 
@@ -60,24 +61,24 @@ def compile_for(arch: str, text: str, options: Sequence[str]) -> bytes:
         ConfigError: `cuda.bindings` or NVRTC is not installed, or NVRTC refuses; the message has its log.
     """
     nvrtc = _nvrtc()
-    _, program = _call(nvrtc.nvrtcCreateProgram, text.encode(), b"blocks.cu", 0, [], [])
+    _, program = call(nvrtc.nvrtcCreateProgram, text.encode(), b"blocks.cu", 0, [], [])
     try:
         every = [option.encode() for option in _all_options(arch, options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(every), every)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            _, size = _call(nvrtc.nvrtcGetProgramLogSize, program)
+            _, size = call(nvrtc.nvrtcGetProgramLogSize, program)
             log = b" " * size
-            _call(nvrtc.nvrtcGetProgramLog, program, log)
+            call(nvrtc.nvrtcGetProgramLog, program, log)
             reason = log.rstrip(b"\0 \n").decode(errors="replace") or status.name
             raise ConfigError(
                 f"NVRTC {'.'.join(map(str, version()))} cannot compile csrc/blocks.cu for {arch}: {reason}"
             )
-        _, size = _call(nvrtc.nvrtcGetCUBINSize, program)
+        _, size = call(nvrtc.nvrtcGetCUBINSize, program)
         cubin = b" " * size
-        _call(nvrtc.nvrtcGetCUBIN, program, cubin)
+        call(nvrtc.nvrtcGetCUBIN, program, cubin)
         return cubin
     finally:
-        _call(nvrtc.nvrtcDestroyProgram, program)
+        call(nvrtc.nvrtcDestroyProgram, program)
 
 
 def cached(arch: str, text: str, options: Sequence[str]) -> bytes:
@@ -110,16 +111,16 @@ class Module:
     """
 
     def __init__(self, device: torch.device, text: str, options: Sequence[str]):
-        self._driver = _bindings("driver")
+        self._driver = load("driver")
         major, minor = torch.cuda.get_device_capability(device)
         cubin = cached(f"sm_{major}{minor}", text, options)
         index = device.index if device.index is not None else torch.cuda.current_device()
         try:
-            _, handle = _call(self._driver.cuDeviceGet, index)
-            _, self._context = _call(self._driver.cuDevicePrimaryCtxRetain, handle)
-            _call(self._driver.cuCtxSetCurrent, self._context)
+            _, handle = call(self._driver.cuDeviceGet, index)
+            _, self._context = call(self._driver.cuDevicePrimaryCtxRetain, handle)
+            call(self._driver.cuCtxSetCurrent, self._context)
             image = ctypes.create_string_buffer(cubin, len(cubin))
-            _, self._module = _call(self._driver.cuModuleLoadData, ctypes.addressof(image))
+            _, self._module = call(self._driver.cuModuleLoadData, ctypes.addressof(image))
         except KVError as error:
             raise ConfigError(f"csrc/blocks.cu was compiled but cannot be loaded on {device}: {error}") from error
         self._functions: dict[str, Any] = {}
@@ -138,11 +139,11 @@ class Module:
             KVError: the driver refuses, or an earlier kernel failed.
         """
         # A thread that has not called CUDA's runtime has no context yet.
-        _call(self._driver.cuCtxSetCurrent, self._context)
+        call(self._driver.cuCtxSetCurrent, self._context)
         if name not in self._functions:
-            _, self._functions[name] = _call(self._driver.cuModuleGetFunction, self._module, name.encode())
+            _, self._functions[name] = call(self._driver.cuModuleGetFunction, self._module, name.encode())
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        _call(
+        call(
             self._driver.cuLaunchKernel,
             *(self._functions[name], grid, 1, 1, threads, 1, 1, 0),
             self._driver.CUstream(stream),
@@ -169,34 +170,13 @@ def module_for(device: torch.device, options: Sequence[str]) -> Module:
         return _modules[key]
 
 
-def _bindings(name: str) -> Any:
-    try:
-        if name == "nvrtc":
-            from cuda.bindings import nvrtc as module
-        else:
-            from cuda.bindings import driver as module
-    except ImportError as error:
-        raise ConfigError(f"cuda.bindings is not installed ({error}); pip install cuda-bindings") from error
-    return module
-
-
 def _nvrtc() -> Any:
-    nvrtc = _bindings("nvrtc")
+    nvrtc = load("nvrtc")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:
         raise ConfigError(f"NVRTC is not installed ({error}); pip install nvidia-cuda-nvrtc") from error
     return nvrtc
-
-
-def _call(function: Any, *args: Any) -> tuple[Any, ...]:
-    try:
-        result = function(*args)
-    except RuntimeError as error:  # the library behind the bindings cannot be loaded
-        raise KVError(f"{function.__name__}: {error}") from error
-    if int(result[0]) != 0:
-        raise KVError(f"{function.__name__} failed: {result[0].name}")
-    return result
 
 
 def _all_options(arch: str, options: Sequence[str]) -> list[str]:

@@ -39,7 +39,7 @@ from kvsdk.pipe.base import Pipe, check_contiguous
 logger = logging.getLogger("kvsdk.pipe")
 
 PIPE_VERSION = 2
-KINDS = ("gloo", "nccl")
+KINDS = ("peer", "gloo", "nccl")
 
 _MAGIC = 0x6B7673646B706970
 # Gloo's tags; the first six add the rank that sends the tensor.
@@ -105,28 +105,28 @@ def prepare_process(device_type: str) -> None:
         os.environ[name] = value
 
 
-def choose(kind: str, device_type: str) -> str:
-    """The kind of pipe to use on a device.
+def choose(kind: str, device_type: str) -> tuple[str, ...]:
+    """The kinds of pipe to use on a device, the best one first.
 
     Args:
-        kind: `auto`, `gloo` or `nccl`.
+        kind: `auto`, `peer`, `gloo` or `nccl`.
         device_type: `cpu` or `cuda`.
 
     Raises:
         ConfigError: the kind is unknown or cannot run on the device.
     """
-    best = {"cuda": "nccl", "cpu": "gloo"}
-    if device_type not in best:
+    runs = {"cuda": ("nccl", "peer"), "cpu": ("gloo", "peer")}
+    auto = {"cuda": ("nccl",), "cpu": ("gloo",)}
+    if device_type not in runs:
         raise ConfigError(f"no pipe runs on device type {device_type!r}; use cpu or cuda")
-    if kind == "auto":
-        return best[device_type]
-    if kind not in KINDS:
-        raise ConfigError(f"pipe kind {kind!r} is unknown; use auto, {' or '.join(KINDS)}")
-    if kind != best[device_type]:
-        raise ConfigError(f"pipe kind {kind!r} does not run on {device_type}; use auto or {best[device_type]}")
-    if kind == "nccl" and not dist.is_nccl_available():
+    if kind != "auto" and kind not in KINDS:
+        raise ConfigError(f"pipe kind {kind!r} is unknown; use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    if kind != "auto" and kind not in runs[device_type]:
+        raise ConfigError(f"pipe kind {kind!r} does not run on {device_type}; use auto or {runs[device_type][0]}")
+    chosen = auto[device_type] if kind == "auto" else (kind,)
+    if "nccl" in chosen and not dist.is_nccl_available():
         raise ConfigError("pipe kind 'nccl' needs a build of PyTorch with NCCL")
-    return kind
+    return chosen
 
 
 class PipeHost:
@@ -149,7 +149,9 @@ class PipeHost:
             ConfigError: an argument is not usable.
         """
         self._device = _with_index(torch.device(device))
-        self._kind = choose(kind, self._device.type)
+        (self._kind,) = choose(kind, self._device.type)
+        if self._kind == "peer":
+            raise ConfigError("a peer's memory is a window (kvsdk.pipe.window), not a pipe that has a host")
         self._ip = _checked_ip(bind_ip)
         if not 0 <= max_ctas <= 64:
             raise ConfigError(f"max_ctas must be from 0 to 64, not {max_ctas}")
@@ -256,7 +258,7 @@ def join(invite: dict[str, Any], device: torch.device | str, bind_ip: str, deadl
     device = _with_index(torch.device(device))
     bind_ip = _checked_ip(bind_ip)
     invite = _checked_invite(invite)
-    ours = choose("auto", device.type)
+    ours = {"cuda": "nccl", "cpu": "gloo"}[device.type]
     if invite["kind"] != ours:
         raise MismatchError("pipe.kind", ours, invite["kind"])
     _probe(invite["host"], invite["port"], deadline)

@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, Source, chunk_blocks, cut
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
-from kvsdk.errors import KVError, ProtocolError, TaskEnded
-from kvsdk.kernels import BlockStore
-from kvsdk.pipe import Pipe
+from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
+from kvsdk.kernels import BlockStore, PeerCache
+from kvsdk.pipe import OpenWindow, Pipe, open_window
 
 logger = logging.getLogger("kvsdk.pynccl")
 
@@ -62,7 +62,7 @@ class Fetcher:
     Args:
         address: `host:port` of the producer's worker.
         join: makes the consumer's end of a pipe from an invitation: `join(invite, bind_ip, deadline)`.
-        kind: the pipe's kind.
+        kinds: of pipes, the best one first; the first that both workers can use is used.
         streams: where the thread takes its stream from.
     """
 
@@ -71,7 +71,7 @@ class Fetcher:
         address: str,
         store: BlockStore,
         *,
-        kind: str,
+        kinds: Sequence[str],
         join: Callable[[dict[str, Any], str, float], Pipe],
         staging_bytes: int,
         streams: Streams,
@@ -79,7 +79,7 @@ class Fetcher:
         counters: Counters,
     ):
         self.address, self._streams = address, streams
-        self._store, self._kind, self._join, self._verify, self._counters = store, kind, join, verify, counters
+        self._store, self._kinds, self._join, self._verify, self._counters = store, list(kinds), join, verify, counters
         self._room = chunk_blocks(staging_bytes, store.staging_bytes(1))
         self._chunk = self._room
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
@@ -87,6 +87,8 @@ class Fetcher:
         self._ended = False  # nothing is queued any more
         self._stop = threading.Event()
         self._pipe: Pipe | None = None
+        self._window: OpenWindow | None = None
+        self._peer: PeerCache | None = None
         self._channel: Channel | None = None
         self._slots: list[torch.Tensor] = []
         self._read_id = 0
@@ -165,43 +167,125 @@ class Fetcher:
                 self._disconnect()
         began = time.monotonic()
         deadline = min(deadline, began + PAIR_TIMEOUT)
+        while self._channel is None:
+            kind = self._kinds[0]
+            try:
+                self._open(kind, deadline)
+            except WindowUnavailable as error:
+                self._disconnect()
+                if len(self._kinds) == 1:
+                    raise
+                del self._kinds[0]
+                logger.info("%s is read over %s, not in place: %s", self.address, self._kinds[0], error)
+        if self._stop.is_set():
+            raise KVError("the worker closes")
+        logger.info("paired with %s over %s in %.0f ms", self.address, kind, (time.monotonic() - began) * 1e3)
+
+    def _open(self, kind: str, deadline: float) -> None:
         opening = Channel(address=self.address)
         try:
-            opening.send("open", pipe=self._kind, timeout=deadline - began, chunk=self._room)
-            kind, fields = opening.recv(deadline)
+            opening.send("open", pipe=kind, timeout=deadline - time.monotonic(), chunk=self._room)
+            answer, fields = opening.recv(deadline)
         finally:
             opening.close()
-        if kind == "refused":
-            raise KVError(f"{self.address} refused to pair: {fields['reason']}")
-        if kind != "invited":
-            raise ProtocolError(f"{self.address} answered {kind}")
+        if answer == "refused":
+            reason = f"{self.address} refused to pair: {fields['reason']}"
+            raise WindowUnavailable(reason) if kind == "peer" else KVError(reason)
+        if answer != "invited":
+            raise ProtocolError(f"{self.address} answered {answer}")
         if not 0 < fields["chunk"] <= self._room:
             raise ProtocolError(f"{self.address} sends messages of {fields['chunk']} blocks")
         self._chunk = fields["chunk"]
         self._channel = Channel(address=fields["control"])
-        self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
-        if self._stop.is_set():
-            raise KVError("the worker closes")
-        logger.info(
-            "paired with %s over %s in %.0f ms", self.address, self._pipe.kind, (time.monotonic() - began) * 1e3
-        )
+        if kind == "peer":
+            self._window = open_window(fields["invite"], self._store.layout, self._store.device)
+            self._peer = self._store.peer(self._window.layout, self._window.addresses, self._window)
+            self._channel.send("opened")
+        else:
+            self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
 
     def _fetch(self, task: LoadTask) -> None:
-        assert self._channel is not None and self._pipe is not None
+        assert self._channel is not None
         source: Source = task.source
-        total = len(task.blocks[0])
         self._read_id += 1
-        if not self._slots:
-            self._slots = [self._store.staging(self._room) for _ in range(SLOTS)]
-            self._wrong = self._store.new_wrong(self._room)
         self._channel.send(
             "read",
             read_id=self._read_id,
             transfer_id=source.transfer_id,
             first=task.first_block,
-            count=total,
+            count=len(task.blocks[0]),
             timeout=max(0.0, task.deadline - time.monotonic()),
         )
+        if self._window is not None:
+            self._read_in_place(task)
+        else:
+            self._receive(task)
+
+    def _end_well(self, task: LoadTask) -> None:
+        total = len(task.blocks[0])
+        self._counters.add("loaded_blocks", total)
+        self._counters.add("loaded_bytes", self._store.staging_bytes(total))
+        task.done()
+
+    # ---- a window
+
+    def _read_in_place(self, task: LoadTask) -> None:
+        assert self._channel is not None
+        kind, fields = self._hear(task)
+        if kind == "failed":
+            _fail(task, KVError(f"{self.address}: {fields['reason']}"))
+            return
+        (block_ids,) = task.blocks
+        n = len(block_ids)
+        if kind != "blocks" or len(fields["ids"]) != 4 * n or (self._verify and len(fields["digests"]) != 8 * n):
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        ids = np.frombuffer(fields["ids"], "<i4").astype(np.int32)
+        if ids.min() < 0 or ids.max() >= self._peer.layout.num_blocks:
+            raise ProtocolError(f"{self.address} names blocks from {ids.min()} to {ids.max()}")
+        try:
+            bad = self._pull(task, ids, fields["digests"])
+        except TaskEnded:
+            self._channel.send("stop", read_id=self._read_id)
+            raise
+        # Before the blocks count, and before a difference is taken for damage: did they stay what they were?
+        self._channel.send("confirm", read_id=self._read_id)
+        kind, fields = self._hear(task)
+        if kind == "failed":
+            _fail(task, KVError(f"{self.address}: {fields['reason']}"))
+        elif kind != "stands":
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        elif len(bad):
+            self._counters.add("corrupt_blocks", len(bad))
+            _fail(task, KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad)
+        else:
+            self._end_well(task)
+
+    def _pull(self, task: LoadTask, ids: np.ndarray, digests: bytes) -> np.ndarray:
+        """Copy blocks out of the window; returns the indices of those that are not what they should be."""
+        (block_ids,) = task.blocks
+        n, check = len(ids), {}
+        if self._verify:
+            check = {
+                "positions": np.arange(task.first_block, task.first_block + n),
+                "expected": np.frombuffer(digests, "<u8").astype(np.uint64),
+                "wrong": self._store.new_wrong(n),
+            }
+        with task.using():
+            if task.fence is not None:
+                torch.cuda.current_stream().wait_event(task.fence)
+            self._store.pull(self._peer, ids, block_ids, **check)
+            if self._store.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        return np.flatnonzero(check["wrong"].numpy()) if check else np.empty(0, np.int64)
+
+    # ---- a stream
+
+    def _receive(self, task: LoadTask) -> None:
+        assert self._channel is not None and self._pipe is not None
+        total = len(task.blocks[0])
+        if not self._slots:
+            self._slots = [self._store.staging(self._room) for _ in range(SLOTS)]
+            self._wrong = self._store.new_wrong(self._room)
         read = _Read(task)
         while read.reason is None and read.received < total:
             kind, fields = self._hear(task)
@@ -221,9 +305,7 @@ class Fetcher:
                 task, read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad
             )
         else:
-            self._counters.add("loaded_blocks", total)
-            self._counters.add("loaded_bytes", self._store.staging_bytes(total))
-            task.done()
+            self._end_well(task)
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
@@ -275,8 +357,8 @@ class Fetcher:
         return np.flatnonzero(self._wrong[:n].numpy()) if self._verify else np.empty(0, np.int64)
 
     def _disconnect(self) -> None:
-        channel, pipe = self._channel, self._pipe
-        self._channel = self._pipe = None
+        channel, pipe, window = self._channel, self._pipe, self._window
+        self._channel = self._pipe = self._window = self._peer = None
         if channel is not None:
             try:
                 channel.send("bye")
@@ -285,6 +367,8 @@ class Fetcher:
             channel.close()
         if pipe is not None:
             pipe.close(time.monotonic() + 2.0)
+        if window is not None:
+            window.close()
 
     def stop(self) -> None:
         """Begin to close, without waiting: what runs and what is queued fails."""

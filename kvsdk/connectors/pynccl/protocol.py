@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvsdk.buffer.wire import Field, Wire
-from kvsdk.errors import ConfigError
+from kvsdk.errors import ConfigError, MismatchError
 from kvsdk.layout import check_same
 
 _ID = Field(str, limit=64)
@@ -20,21 +20,31 @@ WORKER_WIRE = Wire(
     {
         # consumer -> producer, to the worker's listener; answered once
         "open": {"pipe": _ID, "timeout": float, "chunk": int},
-        "invited": {"invite": dict, "control": Field(str, limit=256), "chunk": int},
+        "invited": {
+            "invite": dict,
+            "control": Field(str, limit=256),
+            "chunk": int,
+        },  # the invite: a window, or a pipe's
         "refused": {"reason": str},
         # consumer -> producer, on the pair's own channel
         "read": {"read_id": int, "transfer_id": Field(str, limit=1024), "first": int, "count": int, "timeout": float},
         "stop": {"read_id": int},
         "bye": {},
+        # the same with a window: mapped; and may what was read count?
+        "opened": {},
+        "confirm": {"read_id": int},
         # producer -> consumer: `row` goes before a row of the pipe with so many blocks, `chunk` before each message of
         # it, with 8 bytes of digest a block, little-endian; after `failed` the rest of a row is worth nothing
         "row": {"read_id": int, "count": int},
         "chunk": {"read_id": int, "digests": bytes},
         "failed": {"read_id": int, "reason": str},
+        # the same with a window: block ids, 4 bytes each, and digests; the offer still stands
+        "blocks": {"read_id": int, "ids": bytes, "digests": bytes},
+        "stands": {"read_id": int},
     },
 )
 
-COMPARED = ("protocol", "model", "parallel", "layout", "pipe", "digest")
+COMPARED = ("protocol", "model", "parallel", "layout", "digest")
 """What must be equal on two servers, in the order in which a difference is named."""
 
 NO_DIGEST = "off"
@@ -82,10 +92,13 @@ def bind_address(kv_ip: str) -> str:
 
 
 def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Raises MismatchError with the first field that differs.
+    """Raises MismatchError with the first field that differs, or with the pipes if there is none in common.
 
     A consumer that checks nothing takes blocks with any digest or none; one that checks refuses a producer that sends
     none.
     """
     names = [name for name in COMPARED if name != "digest" or ours["verify"]]
     check_same({name: ours[name] for name in names}, {name: theirs[name] for name in names if name in theirs})
+    pipes = theirs.get("pipes")
+    if not isinstance(pipes, list) or not any(kind in ours["pipes"] for kind in pipes):
+        raise MismatchError("pipes", ours["pipes"], pipes)

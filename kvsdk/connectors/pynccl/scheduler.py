@@ -82,7 +82,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             "parallel": {"world_size": context.world_size},
             "layout": workers[0]["layout"],
             "digest": DIGEST_ALGORITHM if options.verify else NO_DIGEST,
-            "pipe": workers[0]["pipe"],
+            "pipes": list(workers[0]["pipes"]),
             "engine_id": context.engine_id,
             "workers": [worker["address"] for worker in workers],
         }

@@ -7,9 +7,10 @@ import contextlib
 import functools
 import logging
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,17 @@ import zmq
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Channel, zmq_context
 from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, WORKER_WIRE, chunk_blocks, cut
-from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
+from kvsdk.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    KVError,
+    PeerGone,
+    PipeClosed,
+    ProtocolError,
+    WindowUnavailable,
+)
 from kvsdk.kernels import BlockStore
-from kvsdk.pipe import Pipe, PipeHost
+from kvsdk.pipe import Pipe, PipeHost, lay_open
 
 logger = logging.getLogger("kvsdk.pynccl")
 
@@ -71,9 +80,16 @@ class Streams:
 
 
 class _Offer:
+    """Blocks that may be read.
+
+    Attributes:
+        digests: uint64, one for each block, once they were computed.
+    """
+
     def __init__(self, block_ids: np.ndarray):
         self.block_ids = block_ids
         self.standing = True
+        self.digests: np.ndarray | None = None
 
 
 class Offers:
@@ -85,11 +101,33 @@ class Offers:
         self._closed = False
         self._changed = threading.Condition()
 
-    def add(self, transfer_id: str, block_ids: np.ndarray) -> None:
+    def add(self, transfer_id: str, block_ids: np.ndarray) -> _Offer:
         with self._changed:
             self._ended.pop(transfer_id, None)
-            self._offers[transfer_id] = _Offer(block_ids)
+            offer = self._offers[transfer_id] = _Offer(block_ids)
             self._changed.notify_all()
+            return offer
+
+    def digested(self, offer: _Offer, digests: np.ndarray) -> None:
+        """The digests of an offer's blocks, computed while it stood."""
+        with self._changed:
+            offer.digests = digests
+            self._changed.notify_all()
+
+    def digests(self, offer: _Offer, deadline: float) -> np.ndarray:
+        """An offer's digests; waits for them.
+
+        Raises:
+            KVError: they were not there by the deadline, or the offer has ended.
+        """
+        with self._changed:
+            while offer.digests is None:
+                if not offer.standing or self._closed:
+                    raise KVError("the offer has ended")
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._changed.wait(remaining):
+                    raise KVError("its blocks were not digested in time")
+            return offer.digests
 
     def end(self, transfer_id: str) -> None:
         """After this returns, `still` is false for the offer, whatever was read from its blocks."""
@@ -137,7 +175,7 @@ class WorkerServer:
     Args:
         store: this worker's KV cache.
         offers: what may be read.
-        kind: the kind of pipe that `make_host`'s hosts make.
+        kinds: of pipes, those that consumers may open.
         bind_ip: where to listen; the port is ephemeral.
         staging_bytes: of one pair's staging memory.
         streams: where pairs take their streams from.
@@ -152,7 +190,7 @@ class WorkerServer:
         store: BlockStore,
         offers: Offers,
         *,
-        kind: str,
+        kinds: Sequence[str],
         make_host: Callable[[], PipeHost],
         bind_ip: str,
         staging_bytes: int,
@@ -161,7 +199,7 @@ class WorkerServer:
         counters: Counters,
     ):
         self._streams = streams
-        self._store, self._offers, self._kind, self._make_host = store, offers, kind, make_host
+        self._store, self._offers, self._kinds, self._make_host = store, offers, kinds, make_host
         self._bind_ip, self._verify, self._counters = bind_ip, verify, counters
         self._chunk = chunk_blocks(staging_bytes, store.staging_bytes(1))
         self._listener = zmq_context().socket(zmq.ROUTER)
@@ -177,8 +215,9 @@ class WorkerServer:
                 f"cannot listen on kv_ip={bind_ip} ({os.strerror(error.errno)}); set kv_ip to an address of this host"
             ) from error
         self.address = f"{bind_ip}:{port}"
+        self._laid_open: dict[str, Any] | None = None
         self._stop = threading.Event()
-        self._pairs: dict[threading.Thread, PipeHost] = {}
+        self._pairs: dict[threading.Thread, PipeHost | None] = {}
         self._pipes: set[Pipe] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="kvsdk-worker-server", daemon=True)
@@ -211,44 +250,101 @@ class WorkerServer:
         kind, fields = WORKER_WIRE.decode(frames[0])
         if kind != "open":
             raise ProtocolError(f"{kind} at the listener")
-        if fields["pipe"] != self._kind:
-            return WORKER_WIRE.encode("refused", reason=f"this worker speaks {self._kind}, not {fields['pipe']}")
+        if fields["pipe"] not in self._kinds:
+            reason = f"this worker speaks {' and '.join(self._kinds)}, not {fields['pipe']}"
+            return WORKER_WIRE.encode("refused", reason=reason)
         if len(self._pairs) >= MAX_PAIRS:
             logger.warning("a pair was refused: %d are open", MAX_PAIRS)
             return WORKER_WIRE.encode("refused", reason=f"{MAX_PAIRS} pairs are open, which is the limit")
         if fields["chunk"] < 1:
             raise ProtocolError(f"messages of {fields['chunk']} blocks")
+        timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
+        if fields["pipe"] == "peer":
+            try:
+                window = self._window()
+            except WindowUnavailable as error:
+                return WORKER_WIRE.encode("refused", reason=str(error)[:1000])
+            channel = Channel(bind_ip=self._bind_ip)
+            self._start(None, self._serve_window, channel, timeout)
+            return WORKER_WIRE.encode("invited", invite=window, control=channel.address, chunk=1)
         chunk = min(self._chunk, fields["chunk"])
         host = self._make_host()
         invite = host.prepare()
         channel = Channel(bind_ip=self._bind_ip)
-        timeout = min(max(fields["timeout"], 0.1), PAIR_TIMEOUT)
-        thread = threading.Thread(
-            target=self._serve, args=(host, invite, channel, chunk, timeout), name="kvsdk-pair", daemon=True
-        )
+        self._start(host, self._serve, host, invite, channel, chunk, timeout)
+        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
+
+    def _start(self, host: PipeHost | None, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name="kvsdk-pair", daemon=True)
         with self._lock:
             self._pairs[thread] = host
         thread.start()
-        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
+
+    def _window(self) -> dict[str, Any]:
+        if self._laid_open is None:
+            self._laid_open = lay_open(self._store.layout, self._store.addresses, self._store.device)
+        return self._laid_open
+
+    def _serve_window(self, channel: Channel, timeout: float) -> None:
+        try:
+            with _ends_of_pairs(self._stop):
+                if channel.recv(time.monotonic() + timeout)[0] != "opened":
+                    return
+                logger.info("a consumer reads this worker's memory in place")
+                while not self._stop.is_set():
+                    if channel.poll(0.5):
+                        kind, fields = channel.recv(time.monotonic() + 1.0)
+                        if kind == "bye":
+                            return
+                        if kind != "read":
+                            raise ProtocolError(f"{kind} on a pair's channel")
+                        self._tell(channel, fields)
+        finally:
+            channel.close()
+            with self._lock:
+                del self._pairs[threading.current_thread()]
+
+    def _tell(self, channel: Channel, fields: dict[str, Any]) -> None:
+        """Answer a read of this worker's memory: which blocks, and their digests."""
+        read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+        deadline = time.monotonic() + max(0.0, fields["timeout"])
+        try:
+            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + OFFER_TIMEOUT))
+            if not 0 <= first < first + count <= len(offer.block_ids):
+                raise KVError(f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
+            digests = self._offers.digests(offer, deadline)[first : first + count] if self._verify else None
+        except KVError as error:
+            channel.send("failed", read_id=read_id, reason=str(error))
+            return
+        ids = offer.block_ids[first : first + count].astype("<i4").tobytes()
+        told = b"" if digests is None else digests.astype("<u8").tobytes()
+        channel.send("blocks", read_id=read_id, ids=ids, digests=told)
+        while not channel.poll(0.5):
+            if self._stop.is_set() or time.monotonic() > deadline:
+                return
+        kind, message = channel.recv(deadline)
+        if kind == "bye":
+            raise PeerGone("it gave the pair up in the middle of a read")
+        if kind not in ("confirm", "stop") or message["read_id"] != read_id:
+            raise ProtocolError(f"{kind} during a read")
+        if kind == "stop":
+            return
+        if self._offers.still(offer):
+            channel.send("stands", read_id=read_id)
+            self._counters.add("sent_bytes", self._store.staging_bytes(count))
+        else:
+            channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
 
     def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, chunk: int, timeout: float) -> None:
         pipe: Pipe | None = None
         try:
-            pipe = host.accept(invite, time.monotonic() + timeout)
-            with self._lock:
-                self._pipes.add(pipe)
-            logger.info("paired with a consumer over %s", pipe.kind)
-            with self._streams.own():
-                self._answer_reads(pipe, channel, chunk)
-        except PeerGone as error:
-            logger.info("a consumer left: %s", error)
-        except PipeClosed:
-            if not self._stop.is_set():
-                logger.warning("a pair was closed")
-        except DeadlineExceeded as error:
-            logger.warning("a pair ends, its consumer does not answer: %s", error)
-        except Exception:
-            logger.exception("a pair ends with an error")
+            with _ends_of_pairs(self._stop):
+                pipe = host.accept(invite, time.monotonic() + timeout)
+                with self._lock:
+                    self._pipes.add(pipe)
+                logger.info("paired with a consumer over %s", pipe.kind)
+                with self._streams.own():
+                    self._answer_reads(pipe, channel, chunk)
         finally:
             channel.close()
             host.close()
@@ -288,9 +384,65 @@ class WorkerServer:
         for pipe in pipes:
             pipe.abort()
         for host in hosts:
-            host.close()
+            if host is not None:
+                host.close()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextlib.contextmanager
+def _ends_of_pairs(stop: threading.Event) -> Iterator[None]:
+    """Logs how a pair's thread ends."""
+    try:
+        yield
+    except PeerGone as error:
+        logger.info("a consumer left: %s", error)
+    except PipeClosed:
+        if not stop.is_set():
+            logger.warning("a pair was closed")
+    except DeadlineExceeded as error:
+        logger.warning("a pair ends, its consumer does not answer: %s", error)
+    except Exception:
+        logger.exception("a pair ends with an error")
+
+
+class Digester:
+    """Digests the blocks of new offers where they lie, in a thread and on a stream of its own.
+
+    So a consumer that reads them in place need not wait for digests, and what is written over an offer's blocks later
+    does not match. Blocks of an offer are complete: its request has ended, and so has the model's work for it.
+    """
+
+    def __init__(self, store: BlockStore, offers: Offers, streams: Streams):
+        self._store, self._offers, self._streams = store, offers, streams
+        self._queue: queue.SimpleQueue[_Offer | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kvsdk-digest", daemon=True)
+        self._thread.start()
+
+    def add(self, offer: _Offer) -> None:
+        """Never waits."""
+        self._queue.put(offer)
+
+    def _run(self) -> None:
+        try:
+            with self._streams.own():
+                while (offer := self._queue.get()) is not None:
+                    if self._offers.still(offer):
+                        self._digest(offer)
+        except Exception:
+            logger.exception("blocks are no longer digested; reads of this worker's memory fail")
+
+    def _digest(self, offer: _Offer) -> None:
+        count = len(offer.block_ids)
+        digests = self._store.new_digests(count)
+        self._store.digest_in_place(offer.block_ids, np.arange(count), digests)
+        if self._store.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self._offers.digested(offer, digests.numpy().view(np.uint64))
+
+    def close(self, deadline: float) -> None:
+        self._queue.put(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Read:

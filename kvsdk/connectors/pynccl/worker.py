@@ -13,7 +13,7 @@ from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, Produce
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
 from kvsdk.connectors.pynccl.protocol import Source, bind_address
-from kvsdk.connectors.pynccl.serving import Offers, Streams, WorkerServer
+from kvsdk.connectors.pynccl.serving import Digester, Offers, Streams, WorkerServer
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
 from kvsdk.pipe import Pipe, PipeHost, choose, join, prepare_process
@@ -28,6 +28,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         super().__init__(context)
         self._offers = Offers()
         self._server: WorkerServer | None = None
+        self._digester: Digester | None = None
         self._fetchers: dict[str, Fetcher] = {}
         self._store: BlockStore | None = None
         self._counters = Counters()
@@ -37,14 +38,16 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._layout, self._store = layout, BlockStore(kv_caches, layout)
         self._device = self._store.device
         self._streams = Streams(self._device)
-        self._kind = choose(options.pipe, self._device.type)
+        self._kinds = choose(options.pipe, self._device.type)
         prepare_process(self._device.type)
-        logger.info("moves KV blocks over %s (%s)", self._kind, self._device)
+        logger.info("moves KV blocks over %s (%s)", " or ".join(self._kinds), self._device)
         if options.produces:
+            if "peer" in self._kinds and options.verify:
+                self._digester = Digester(self._store, self._offers, self._streams)
             self._server = WorkerServer(
                 self._store,
                 self._offers,
-                kind=self._kind,
+                kinds=self._kinds,
                 make_host=self.make_host,
                 bind_ip=bind_address(options.kv_ip),
                 staging_bytes=options.staging_bytes,
@@ -56,7 +59,8 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
     def make_host(self) -> PipeHost:
         """The producer's end of a new pair."""
         options = self.context.options
-        return PipeHost(self._kind, bind_address(options.kv_ip), self._device, max_ctas=options.nccl_max_ctas)
+        (kind,) = (kind for kind in self._kinds if kind != "peer")
+        return PipeHost(kind, bind_address(options.kv_ip), self._device, max_ctas=options.nccl_max_ctas)
 
     def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
         """The consumer's end of a pair."""
@@ -66,13 +70,15 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         return {
             "address": self._server.address if self._server is not None else "",
             "layout": self._layout.fingerprint(),
-            "pipe": self._kind,
+            "pipes": list(self._kinds),
         }
 
     # ---- producer
 
     def kept(self, hold_id: str, blocks: BlockIds) -> None:
-        self._offers.add(hold_id, blocks[0])
+        offer = self._offers.add(hold_id, blocks[0])
+        if self._digester is not None:
+            self._digester.add(offer)
 
     def let_go(self, hold_id: str) -> None:
         self._offers.end(hold_id)
@@ -89,7 +95,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
             fetcher = self._fetchers[address] = Fetcher(
                 address,
                 self._store,
-                kind=self._kind,
+                kinds=self._kinds,
                 join=self.join,
                 staging_bytes=self.context.options.staging_bytes,
                 streams=self._streams,
@@ -110,5 +116,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
             fetcher.stop()
         if self._server is not None:
             self._server.close(self.context.options.close_timeout)
+        if self._digester is not None:
+            self._digester.close(deadline)
         for fetcher in self._fetchers.values():
             fetcher.join(deadline)
