@@ -149,9 +149,17 @@ def test_in_lockstep_a_send_that_ended_early_leaves_nothing_behind():
 # Choosing
 
 
-@pytest.mark.parametrize(("kind", "device", "chosen"), [("auto", "cpu", "gloo"), ("gloo", "cpu", "gloo")])
-def test_the_kind_follows_the_device(kind, device, chosen):
+@pytest.mark.parametrize(
+    ("kind", "device", "chosen"),
+    [("auto", "cpu", ("gloo",)), ("gloo", "cpu", ("gloo",)), ("peer", "cpu", ("peer",)), ("peer", "cuda", ("peer",))],
+)
+def test_the_kinds_follow_the_device(kind, device, chosen):
     assert choose(kind, device) == chosen
+
+
+def test_a_window_has_no_host():
+    with pytest.raises(ConfigError, match="window"):
+        PipeHost("peer", "127.0.0.1", "cpu")
 
 
 @pytest.mark.parametrize(("kind", "device"), [("nccl", "cpu"), ("gloo", "cuda"), ("ucx", "cpu"), ("auto", "xpu")])

@@ -74,6 +74,21 @@ class End:
         seconds = time.monotonic() - began
         return {"state": task.state.value, "error": str(task.error), "seconds": seconds, "bad": len(task.failed_blocks)}
 
+    def load_on_and_on(self, seconds, **what):
+        """Loads one after the other; stops at the first that fails."""
+        print(json.dumps({"started": True}), flush=True)
+        began, states, bad = time.monotonic(), [], 0
+        while time.monotonic() < began + seconds and "failed" not in states:
+            got = self.load(**what, timeout=10.0)
+            states.append(got["state"])
+            bad += self.half.take_counters().get("corrupt_blocks", 0)
+        return {"done": states.count("done"), "failed": states.count("failed"), "bad": bad}
+
+    def works(self):
+        """Whether the device still computes."""
+        x = torch.randn(512, 512, device=self.device)
+        return {"works": bool(torch.isfinite((x @ x).sum()).item())}
+
     def equal(self, pool, blocks, seeds, theirs, ours, dtype, layout, first=0):
         """Whether this cache is its own random one, with the other's blocks where they were loaded and nowhere else."""
         source, target = self._ids(pool, blocks, theirs)[first:], self._ids(pool, blocks, ours)[first:]
@@ -145,6 +160,12 @@ from support.ends import Worker  # noqa: E402
 FOUND = len(DEVICES) if "cpu" in DEVICES[0] else torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(FOUND < 2, reason=f"needs 2 CUDA devices, and {FOUND} are here")]
 POOL = 600
+KINDS = ["gloo"] if DEVICES[0] == "cpu" else ["nccl", "peer"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -189,14 +210,14 @@ def same(b, blocks, dtype="bfloat16", layout="HND", first=0):
 
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
 @pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "HND"), ("float16", "NHD"), ("float8_e4m3fn", "NHD")])
-def test_offered_blocks_arrive_byte_for_byte(pair, dtype, layout, verify, capsys):
+def test_offered_blocks_arrive_byte_for_byte(pair, kind, dtype, layout, verify, capsys):
     a, b = pair
     # Staging memory for a few blocks, so that reads are many messages and several rows.
-    told = two(pair, dtype, layout, verify=verify, staging_bytes=3 * 8 * LAYERS * 65536)
+    options = {"verify": verify, "pipe": kind, "staging_bytes": 3 * 8 * LAYERS * 65536}
+    told = two(pair, dtype, layout, **options)
     for blocks in (1, 7, 64, 511):
         for first in (0, blocks // 2):
-            b("serve", role="kv_consumer", seed=2, pool=POOL, dtype=dtype, layout=layout, verify=verify,
-              staging_bytes=3 * 8 * LAYERS * 65536)  # fmt: skip
+            b("serve", role="kv_consumer", seed=2, pool=POOL, dtype=dtype, layout=layout, **options)
             hold = f"{blocks}-{first}"
             a("keep", hold=hold, pool=POOL, blocks=blocks, seed=3)
             got = b("load", address=told["address"], hold=hold, pool=POOL, blocks=blocks, seed=4, first=first)
@@ -205,13 +226,13 @@ def test_offered_blocks_arrive_byte_for_byte(pair, dtype, layout, verify, capsys
             a("let_go", hold=hold)
             assert b("close")["seconds"] < 10
     with capsys.disabled():
-        print(f"\n{dtype} {layout} verify={verify}: {blocks - first} blocks in {got['seconds'] * 1e3:.1f} ms")
+        print(f"\n{kind} {dtype} {layout} verify={verify}: {blocks - first} blocks in {got['seconds'] * 1e3:.1f} ms")
     a("close")
 
 
-def test_a_read_of_what_was_let_go_fails_and_the_next_one_works(pair):
+def test_a_read_of_what_was_let_go_fails_and_the_next_one_works(pair, kind):
     a, b = pair
-    told = two(pair)
+    told = two(pair, pipe=kind)
     a("keep", hold="x", pool=POOL, blocks=20, seed=3)
     a("let_go", hold="x")
     got = b("load", address=told["address"], hold="x", pool=POOL, blocks=20, seed=4)
@@ -223,18 +244,48 @@ def test_a_read_of_what_was_let_go_fails_and_the_next_one_works(pair):
     b("close")
 
 
-def test_a_producer_that_is_killed_costs_its_load_and_no_more(ends):
+def test_a_producer_that_is_killed_costs_its_load_and_no_more(ends, kind):
     victim, b = ends(0, 1)
-    told = two((victim, b))
+    told = two((victim, b), pipe=kind)
     victim("keep", hold="x", pool=POOL, blocks=500, seed=3)
     assert b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4)["state"] == "done"
     victim.stop()
     got = b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4, timeout=10.0)
     assert got["state"] == "failed" and got["seconds"] < 15
     (fresh,) = ends(0)
-    told = fresh("serve", role="kv_producer", seed=1, pool=POOL, dtype="bfloat16", layout="HND")
+    told = fresh("serve", role="kv_producer", seed=1, pool=POOL, dtype="bfloat16", layout="HND", pipe=kind)
     fresh("keep", hold="x", pool=POOL, blocks=500, seed=3)
     assert b("load", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4)["state"] == "done"
     assert same(b, 500)
     b("close")
     fresh("close")
+
+
+@pytest.mark.parametrize("victim", ["producer", "consumer"])
+def test_a_kill_in_the_middle_of_reads_leaves_the_other_one_working(ends, kind, victim):
+    """The survivor's CUDA context lives, and its next pair works."""
+    a, b = ends(0, 1)
+    told = two((a, b), pipe=kind)
+    a("keep", hold="x", pool=POOL, blocks=500, seed=3)
+    b.start("load_on_and_on", address=told["address"], hold="x", pool=POOL, blocks=500, seed=4, seconds=3.0)
+    assert b.reply() == {"started": True}
+    time.sleep(1.0)
+    if victim == "producer":
+        a.stop()
+        outcome = b.reply()
+        assert outcome["done"] > 0 and outcome["bad"] == 0, outcome
+        assert outcome["failed"] > 0, "the kill came too late to be noticed"
+        (a,) = ends(0)
+        told = a("serve", role="kv_producer", seed=1, pool=POOL, dtype="bfloat16", layout="HND", pipe=kind)
+        assert b("works")["works"]
+    else:
+        b.stop()
+        (b,) = ends(1)
+        b("serve", role="kv_consumer", seed=2, pool=POOL, dtype="bfloat16", layout="HND", pipe=kind)
+        assert a("works")["works"]
+    a("keep", hold="y", pool=POOL, blocks=500, seed=3)
+    got = b("load", address=told["address"], hold="y", pool=POOL, blocks=500, seed=4)
+    assert got["state"] == "done", got
+    assert same(b, 500)
+    a("close")
+    b("close")

@@ -1,0 +1,77 @@
+"""Windows on CPUs: what is laid open, and that what comes over the network is not trusted."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support.caches import KINDS, make_cache
+
+from kvsdk.errors import ProtocolError, WindowUnavailable
+from kvsdk.pipe import lay_open, open_window
+
+CPU = torch.device("cpu")
+
+
+def opened(cache):
+    return lay_open(cache.layout(), cache.store().addresses, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_read_in_place(kind):
+    theirs, ours = make_cache(kind, blocks=20, seed=1), make_cache(kind, blocks=9, seed=2)
+    window = open_window(opened(theirs), ours.layout(), CPU)
+    store = ours.store()
+    peer = store.peer(window.layout, window.addresses, window)
+    src, dst = np.array([3, 19, 0], np.int32), np.array([8, 1, 4], np.int32)
+    store.pull(peer, src, dst)
+    np.testing.assert_array_equal(ours.naive_gather(dst), theirs.naive_gather(src))
+    window.close()
+    window.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"num_blocks": 0},
+        {"num_blocks": True},
+        {"num_blocks": 1 << 40},
+        {"strides": []},
+        {"strides": "x"},
+        {"layers": []},
+        {"layers": [[0, -1]] * 4},
+        {"layers": [[0]] * 4},
+        {"layers": [[0, 1.5]] * 4},
+        {"strides": [[1 << 50, 1, 0, 0]] * 4},
+        {"strides": [[0, 1, 0, 0]] * 4},
+        {"strides": [[4096, 0, 0, 0]] * 4},
+        {"strides": [[4096, 7, 0, 1]] * 4},
+    ],
+    ids=str,
+)
+def test_a_malformed_window_is_refused(change):
+    cache = make_cache("HND", layers=4)
+    with pytest.raises(ProtocolError, match=r"window"):
+        open_window(opened(cache) | change, cache.layout(), CPU)
+
+
+@pytest.mark.parametrize("window", [None, 3, [], {}, {"version": 1}], ids=str)
+def test_what_is_no_window_is_refused(window):
+    with pytest.raises(ProtocolError, match="window"):
+        open_window(window, make_cache("HND").layout(), CPU)
+
+
+@pytest.mark.parametrize("change", [{"process": "another"}, {"kind": "cuda-ipc"}, {"kind": None}], ids=str)
+def test_a_window_that_cannot_be_opened_here_says_why(change):
+    cache = make_cache("HND")
+    with pytest.raises(WindowUnavailable, match=r"process|lays its memory open"):
+        open_window(opened(cache) | change, cache.layout(), CPU)
+
+
+def test_a_window_is_plain_values():
+    import msgpack
+
+    window = opened(make_cache("HND"))
+    assert msgpack.unpackb(msgpack.packb(window)) == window
+    assert copy.deepcopy(window) == window
