@@ -82,7 +82,7 @@ class End:
             got = self.load(**what, timeout=10.0)
             states.append(got["state"])
             bad += self.half.take_counters().get("corrupt_blocks", 0)
-        return {"done": states.count("done"), "failed": states.count("failed"), "bad": bad}
+        return {"done": states.count("done"), "lost": states.count("failed"), "bad": bad}
 
     def works(self):
         """Whether the device still computes."""
@@ -274,7 +274,7 @@ def test_a_kill_in_the_middle_of_reads_leaves_the_other_one_working(ends, kind, 
         a.stop()
         outcome = b.reply()
         assert outcome["done"] > 0 and outcome["bad"] == 0, outcome
-        assert outcome["failed"] > 0, "the kill came too late to be noticed"
+        assert outcome["lost"] > 0, "the kill came too late to be noticed"
         (a,) = ends(0)
         told = a("serve", role="kv_producer", seed=1, pool=POOL, dtype="bfloat16", layout="HND", pipe=kind)
         assert b("works")["works"]
