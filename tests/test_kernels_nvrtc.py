@@ -62,13 +62,13 @@ def test_the_source_compiles(arch):
 def frames(threads):
     """Bytes that each kernel keeps in memory for want of registers, as the assembler tells it."""
     bindings = nvrtc._nvrtc()
-    _, program = nvrtc._call(bindings.nvrtcCreateProgram, nvrtc.source().encode(), b"blocks.cu", 0, [], [])
+    _, program = nvrtc.call(bindings.nvrtcCreateProgram, nvrtc.source().encode(), b"blocks.cu", 0, [], [])
     every = nvrtc._all_options("sm_90", [f"-DTHREADS={threads}", *cuda.OPTIONS[1:], "--ptxas-options=-v"])
-    nvrtc._call(bindings.nvrtcCompileProgram, program, len(every), [option.encode() for option in every])
-    _, size = nvrtc._call(bindings.nvrtcGetProgramLogSize, program)
+    nvrtc.call(bindings.nvrtcCompileProgram, program, len(every), [option.encode() for option in every])
+    _, size = nvrtc.call(bindings.nvrtcGetProgramLogSize, program)
     log = b" " * size
-    nvrtc._call(bindings.nvrtcGetProgramLog, program, log)
-    nvrtc._call(bindings.nvrtcDestroyProgram, program)
+    nvrtc.call(bindings.nvrtcGetProgramLog, program, log)
+    nvrtc.call(bindings.nvrtcDestroyProgram, program)
     return [int(number) for number in re.findall(rb"(\d+) bytes stack frame", log)]
 
 
@@ -227,8 +227,8 @@ class SimpleStatus(int):
 @pytest.fixture
 def driver(monkeypatch, cache_folder):
     driver = Driver()
-    real = nvrtc._bindings
-    monkeypatch.setattr(nvrtc, "_bindings", lambda name: driver if name == "driver" else real(name))
+    real = nvrtc.load
+    monkeypatch.setattr(nvrtc, "load", lambda name: driver if name == "driver" else real(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return driver
 
