@@ -62,6 +62,13 @@ class TransferParams:
     tp_size: int | None = None
     reason: str = ""
 
+    @property
+    def announced(self) -> bool:
+        """Whether the proxy asked the other server at the same time: the parameters lack what its answer would have
+        brought, and the id may be unknown there yet.
+        """
+        return self.role is Role.PREFILLED_ELSEWHERE and self.remote_engine_id is None and self.num_tokens is None
+
 
 def prefill_params() -> dict[str, Any]:
     """The `kv_transfer_params` of a prefill request, in the shape that proxies send for vLLM's NIXL connector."""
@@ -73,6 +80,33 @@ def prefill_params() -> dict[str, Any]:
         "remote_host": None,
         "remote_port": None,
     }
+
+
+def announce_params(transfer_id: str, host: str, port: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `kv_transfer_params` with which a proxy sends one prompt to both servers at once.
+
+    Args:
+        transfer_id: 1 to 256 printable ASCII characters, never used before.
+        host, port: where the producer's lookup buffer listens (`kv_ip`, `kv_port`).
+
+    Returns:
+        Those of the prefill request and those of the decode request.
+
+    Raises:
+        ProtocolError: no server would accept them; the message says which value is wrong.
+    """
+    prefill = prefill_params() | {"transfer_id": transfer_id}
+    decode = {
+        "do_remote_decode": False,
+        "do_remote_prefill": True,
+        "transfer_id": transfer_id,
+        "remote_host": host,
+        "remote_port": port,
+    }
+    for params in (prefill, decode):
+        if reason := classify(params).reason:
+            raise ProtocolError(f"an announcement that no server would accept: {reason}")
+    return prefill, decode
 
 
 def classify(params: Mapping[str, Any] | None) -> TransferParams:
