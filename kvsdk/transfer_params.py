@@ -50,6 +50,8 @@ class TransferParams:
         remote_engine_id: the producer's engine id, for messages only.
         num_tokens: prompt tokens that the producer holds, or None if it did not say.
         tp_size: the producer's tensor-parallel size, or None if it did not say.
+        announced: whether the proxy asked the other server at the same time, so that the id may be unknown there yet:
+            the parameters name a transfer and lack what the other server's answer would have brought.
         reason: why the role is `NONE` although there were parameters; empty otherwise.
     """
 
@@ -60,14 +62,8 @@ class TransferParams:
     remote_engine_id: str | None = None
     num_tokens: int | None = None
     tp_size: int | None = None
+    announced: bool = False
     reason: str = ""
-
-    @property
-    def announced(self) -> bool:
-        """Whether the proxy asked the other server at the same time: the parameters lack what its answer would have
-        brought, and the id may be unknown there yet.
-        """
-        return self.role is Role.PREFILLED_ELSEWHERE and self.remote_engine_id is None and self.num_tokens is None
 
 
 def prefill_params() -> dict[str, Any]:
@@ -155,7 +151,8 @@ def classify(params: Mapping[str, Any] | None) -> TransferParams:
         return _malformed("remote_num_tokens is not an integer of at least 0")
     if tp_size is not None and not _is_int(tp_size, 1, _MAX_INT):
         return _malformed("tp_size is not an integer of at least 1")
-    return TransferParams(Role.PREFILLED_ELSEWHERE, transfer_id, host, port, engine_id, num_tokens, tp_size)
+    announced = "transfer_id" in params and not params.keys() & {"remote_block_ids", "remote_num_tokens"}
+    return TransferParams(Role.PREFILLED_ELSEWHERE, transfer_id, host, port, engine_id, num_tokens, tp_size, announced)
 
 
 def offer_params(

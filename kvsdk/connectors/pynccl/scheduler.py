@@ -193,8 +193,12 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             self._asked_producers = producers
             logger.info("producers are now %s", ", ".join(producers) or "none")
             self._client.set_producers(producers)
+        address = None
         if params.role is Role.PREFILLED_ELSEWHERE and params.remote_host is not None:
             address = format_address(params.remote_host, params.remote_port)
+        elif params.announced and len(producers) == 1:
+            (address,) = producers
+        if address is not None:
             if self._may_ask(address):
                 self._client.find_by_id(request.id, address, params.transfer_id, request.keys, num_local_tokens)
                 return True
