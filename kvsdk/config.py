@@ -130,7 +130,7 @@ class Options:
         8, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
     )
     max_sms: int = _option(
-        64, "int", "SMs of a GPU that a copy or a digest of blocks may take from the model for its time.", low=1, high=1024
+        64, "int", "SMs of a GPU that a copy or a digest of blocks may take from the model meanwhile.", low=1, high=1024
     )
     model_id: str | None = _option(None, "str", "Name of the weights; servers with different ones refuse each other.")
     curve_secret_key: str | None = _option(
