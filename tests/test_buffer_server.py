@@ -725,7 +725,7 @@ class Liar:
 
 def found(ticket, num_tokens, claim_id="c"):
     claim = {"claim_id": claim_id, "transfer_id": "t", "num_tokens": num_tokens, "exclusive": True, "generation": 1}
-    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim)
+    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim, heard=True)
 
 
 @pytest.fixture
