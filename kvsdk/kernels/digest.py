@@ -2,9 +2,9 @@
 
 A layer's part of a block is read as little-endian 32-bit words, filled up with zeros to an even number of them. Word i
 is multiplied with a key of its own, the odd number `splitmix64(i) | 1`, and the products are added up modulo 2^64: a
-sum that may be taken in any order, of one multiplication and one addition a word (multilinear hashing). Each layer's sum
-is then mixed with a seed of its layer and of the block's position in its prompt, by a bijection, and the digest is the
-sum of these over the layers.
+sum that may be taken in any order, of one multiplication and one addition a word (multilinear hashing). Each layer's
+sum is then mixed with a seed of its layer and of the block's position in its prompt, by a bijection, and the digest is
+the sum of these over the layers.
 
 What it finds, where a word's difference is what its value changed by, a number from 1 to 2^32 - 1 or minus that:
 
@@ -12,9 +12,9 @@ What it finds, where a word's difference is what its value changed by, a number 
   difference is not 0 modulo 2^64, so the layer's sum changes, its mixed sum with it, and the other layers' do not.
 - Several changed words: the sum stays as it was if the differences times their keys add up to 0. For differences that
   were not chosen to fit the keys, one key decides over that with its 63 free bits, all but v of which count if 2^v is
-  the largest power of two in every difference: once in 2^(63 - v) cases. v is 0 when anything is changed at random, also
-  where words, or blocks of random content, are exchanged: once in 2^63. It is at most 31, where nothing but the top
-  bits of words flip, as with the signs of float32 numbers: once in 2^32.
+  the largest power of two in every difference: once in 2^(63 - v) cases. v is 0 when anything is changed at random,
+  also where words, or blocks of random content, are exchanged: once in 2^63. It is at most 31, where nothing but the
+  top bits of words flip, as with the signs of float32 numbers: once in 2^32.
 - Exchanged layers and blocks at other positions have other seeds: what is then mixed differs, and the digests are equal
   once in 2^64 cases. A block at another position within one layer alone differs for certain.
 
@@ -79,8 +79,9 @@ class WordMixer:
         self._here[1:] -= high[:-1] << np.uint64(_HALF)
 
     def row_sums(self, rows: torch.Tensor) -> np.ndarray | torch.Tensor:
-        """The sum of each row's words times their keys; `rows` is `(blocks, bytes)`. For `digests`, which alone waits on
-        CUDA.
+        """The sums of words times keys, one for each of `rows`, which is `(blocks, bytes)`.
+
+        For `digests`: on CUDA that alone waits.
         """
         return self.by_torch(rows) if self._device.type == "cuda" else self.by_numpy(rows)
 

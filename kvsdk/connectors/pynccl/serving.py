@@ -19,7 +19,7 @@ import zmq
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Channel, zmq_context
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, WORKER_WIRE, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, WORKER_WIRE, chunk_blocks, cut
 from kvsdk.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -42,6 +42,9 @@ OFFER_TIMEOUT = 10.0
 
 MAX_PAIRS = 256
 """Most pairs at a time, those included that are being made: strangers can ask for them."""
+
+DIGEST_BYTES = 32 << 20
+"""What is digested before it is told: a read need not wait for more."""
 
 _ENDED_REMEMBERED = 1024
 
@@ -83,13 +86,16 @@ class _Offer:
     """Blocks that may be read.
 
     Attributes:
-        digests: uint64, one for each block, once they were computed.
+        digests: uint64, one for each block, of which the first `num_digested` were computed, while the offer stood.
+        failure: why there will be no more of them.
     """
 
     def __init__(self, block_ids: np.ndarray):
         self.block_ids = block_ids
         self.standing = True
-        self.digests: np.ndarray | None = None
+        self.digests = np.empty(len(block_ids), np.uint64)
+        self.num_digested = 0
+        self.failure: str | None = None
 
 
 class Offers:
@@ -109,25 +115,35 @@ class Offers:
             return offer
 
     def digested(self, offer: _Offer, digests: np.ndarray) -> None:
-        """The digests of an offer's blocks, computed while it stood."""
+        """The digests of an offer's next blocks. If it ended before, they may be of anything and are dropped."""
         with self._changed:
-            offer.digests = digests
+            if offer.standing:
+                first, offer.num_digested = offer.num_digested, offer.num_digested + len(digests)
+                offer.digests[first : offer.num_digested] = digests
             self._changed.notify_all()
 
-    def digests(self, offer: _Offer, deadline: float) -> np.ndarray:
-        """An offer's digests; waits for them.
+    def not_digested(self, offer: _Offer, failure: str) -> None:
+        """An offer's blocks cannot be digested, so nobody can read them."""
+        with self._changed:
+            offer.failure = failure
+            self._changed.notify_all()
+
+    def digests(self, offer: _Offer, first: int, count: int, deadline: float) -> np.ndarray:
+        """Digests of `count` of an offer's blocks; waits for them.
 
         Raises:
-            KVError: they were not there by the deadline, or the offer has ended.
+            KVError: they were not there by the deadline, or there will be none.
         """
         with self._changed:
-            while offer.digests is None:
+            while offer.num_digested < first + count:
                 if not offer.standing or self._closed:
                     raise KVError("the offer has ended")
+                if offer.failure is not None:
+                    raise KVError(offer.failure)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or not self._changed.wait(remaining):
                     raise KVError("its blocks were not digested in time")
-            return offer.digests
+            return offer.digests[first : first + count]
 
     def end(self, transfer_id: str) -> None:
         """After this returns, `still` is false for the offer, whatever was read from its blocks."""
@@ -191,7 +207,7 @@ class WorkerServer:
         offers: Offers,
         *,
         kinds: Sequence[str],
-        make_host: Callable[[], PipeHost],
+        make_host: Callable[[str], PipeHost],
         bind_ip: str,
         staging_bytes: int,
         streams: Streams,
@@ -268,8 +284,11 @@ class WorkerServer:
             self._start(None, self._serve_window, channel, timeout)
             return WORKER_WIRE.encode("invited", invite=window, control=channel.address, chunk=1)
         chunk = min(self._chunk, fields["chunk"])
-        host = self._make_host()
-        invite = host.prepare()
+        host = self._make_host(fields["pipe"])
+        try:
+            invite = host.prepare()
+        except WindowUnavailable as error:
+            return WORKER_WIRE.encode("refused", reason=str(error)[:1000])
         channel = Channel(bind_ip=self._bind_ip)
         self._start(host, self._serve, host, invite, channel, chunk, timeout)
         return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
@@ -312,7 +331,7 @@ class WorkerServer:
             offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + OFFER_TIMEOUT))
             if not 0 <= first < first + count <= len(offer.block_ids):
                 raise KVError(f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
-            digests = self._offers.digests(offer, deadline)[first : first + count] if self._verify else None
+            digests = self._offers.digests(offer, first, count, deadline) if self._verify else None
         except KVError as error:
             channel.send("failed", read_id=read_id, reason=str(error))
             return
@@ -339,7 +358,7 @@ class WorkerServer:
         pipe: Pipe | None = None
         try:
             with _ends_of_pairs(self._stop):
-                pipe = host.accept(invite, time.monotonic() + timeout)
+                pipe = host.accept(invite, time.monotonic() + timeout, functools.partial(_check_wanted, channel))
                 with self._lock:
                     self._pipes.add(pipe)
                 logger.info("paired with a consumer over %s", pipe.kind)
@@ -356,8 +375,6 @@ class WorkerServer:
                 del self._pairs[threading.current_thread()]
 
     def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
-        slots = [self._store.staging(chunk) for _ in range(SLOTS)]
-        digests = self._store.new_digests(chunk)
         while not self._stop.is_set():
             if not channel.poll(0.5):
                 continue
@@ -365,9 +382,7 @@ class WorkerServer:
             if kind == "bye":
                 return
             if kind == "read":
-                _Read(self._store, self._offers, pipe, channel, slots, digests if self._verify else None).answer(
-                    fields, self._counters
-                )
+                _Read(self._store, self._offers, pipe, channel, chunk, self._verify).answer(fields, self._counters)
             elif kind != "stop":  # a stop that came after the last chunk
                 raise ProtocolError(f"{kind} on a pair's channel")
 
@@ -390,6 +405,12 @@ class WorkerServer:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+def _check_wanted(channel: Channel) -> None:
+    """Raises PeerGone once the consumer has given a pair up that is being made."""
+    if channel.poll(0) and channel.recv(time.monotonic() + 1.0)[0] == "bye":
+        raise PeerGone("it gave the pair up before it was made")
+
+
 @contextlib.contextmanager
 def _ends_of_pairs(stop: threading.Event) -> Iterator[None]:
     """Logs how a pair's thread ends."""
@@ -409,13 +430,16 @@ def _ends_of_pairs(stop: threading.Event) -> Iterator[None]:
 class Digester:
     """Digests the blocks of new offers where they lie, in a thread and on a stream of its own.
 
-    So a consumer that reads them in place need not wait for digests, and what is written over an offer's blocks later
-    does not match. Blocks of an offer are complete: its request has ended, and so has the model's work for it.
+    So no consumer waits for more than what is left of that when it reads; and the digest is one of the blocks as they
+    were offered, whatever carries them: what is written over an offer's blocks later, and what goes wrong when they are
+    gathered, does not match. Blocks of an offer are complete: its request has ended, and so has the model's work for
+    it.
     """
 
     def __init__(self, store: BlockStore, offers: Offers, streams: Streams):
         self._store, self._offers, self._streams = store, offers, streams
         self._queue: queue.SimpleQueue[_Offer | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvsdk-digest", daemon=True)
         self._thread.start()
 
@@ -424,23 +448,28 @@ class Digester:
         self._queue.put(offer)
 
     def _run(self) -> None:
-        try:
-            with self._streams.own():
-                while (offer := self._queue.get()) is not None:
-                    if self._offers.still(offer):
-                        self._digest(offer)
-        except Exception:
-            logger.exception("blocks are no longer digested; reads of this worker's memory fail")
+        with self._streams.own():
+            while (offer := self._queue.get()) is not None:
+                try:
+                    self._digest(offer)
+                except Exception as error:
+                    logger.exception("the blocks of an offer could not be digested; reads of it fail")
+                    self._offers.not_digested(offer, f"its blocks could not be digested: {type(error).__name__}")
 
     def _digest(self, offer: _Offer) -> None:
-        count = len(offer.block_ids)
-        digests = self._store.new_digests(count)
-        self._store.digest_in_place(offer.block_ids, np.arange(count), digests)
-        if self._store.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        self._offers.digested(offer, digests.numpy().view(np.uint64))
+        count, piece = len(offer.block_ids), max(1, DIGEST_BYTES // self._store.staging_bytes(1))
+        digests = self._store.new_digests(min(count, piece))
+        for first in range(0, count, piece):
+            if self._stop.is_set() or not self._offers.still(offer):
+                return
+            ids = offer.block_ids[first : first + piece]
+            self._store.digest_in_place(ids, np.arange(first, first + len(ids)), digests[: len(ids)])
+            if self._store.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+            self._offers.digested(offer, digests[: len(ids)].numpy().view(np.uint64))
 
     def close(self, deadline: float) -> None:
+        self._stop.set()
         self._queue.put(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -449,22 +478,13 @@ class _Read:
     """One consumer's read of an offer's blocks.
 
     Args:
-        slots: staging memory, each for as many blocks as a message has.
-        digests: int64, for as many blocks; None if nothing is to be digested.
+        chunk: most blocks of a message.
+        verify: whether digests go with them.
     """
 
-    def __init__(
-        self,
-        store: BlockStore,
-        offers: Offers,
-        pipe: Pipe,
-        channel: Channel,
-        slots: list[torch.Tensor],
-        digests: torch.Tensor | None,
-    ):
+    def __init__(self, store: BlockStore, offers: Offers, pipe: Pipe, channel: Channel, chunk: int, verify: bool):
         self._store, self._offers, self._pipe, self._channel = store, offers, pipe, channel
-        self._slots, self._digests = slots, digests
-        self._chunk = slots[0].numel() // store.staging_bytes(1)
+        self._chunk, self._verify = chunk, verify
         self._failed = False
 
     def answer(self, fields: dict[str, Any], counters: Counters) -> None:
@@ -485,7 +505,7 @@ class _Read:
             row = cut(min(ROW_CHUNKS * self._chunk, first + count - start), self._chunk)
             self._channel.send("row", read_id=self._read_id, count=sum(row))
             sizes = [self._store.staging_bytes(n) for n in row]
-            self._pipe.send_row(sizes, self._slots, functools.partial(self._fill, offer, start), self._deadline)
+            self._pipe.send_row(sizes, functools.partial(self._fill, offer, start), self._deadline)
             counters.add("sent_bytes", sum(sizes))
 
     def _fill(self, offer: _Offer, start: int, i: int, part: torch.Tensor) -> None:
@@ -493,16 +513,16 @@ class _Read:
             return
         n = part.numel() // self._store.staging_bytes(1)
         first = start + i * self._chunk
-        ids = offer.block_ids[first : first + n]
+        self._store.gather(offer.block_ids[first : first + n], part)
         told = b""
-        if self._digests is None:
-            self._store.gather(ids, part)
-        else:
-            self._store.gather_digest(ids, np.arange(first, first + n), part, self._digests[:n])
+        if self._verify:
+            try:
+                told = self._offers.digests(offer, first, n, self._deadline).astype("<u8").tobytes()
+            except KVError as error:
+                self._fail(str(error))
+                return
         if part.is_cuda:
             torch.cuda.current_stream().synchronize()
-        if self._digests is not None:
-            told = self._digests[:n].numpy().view(np.uint64).astype("<u8").tobytes()
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
         # `Offers.end`.
         if not self._offers.still(offer):
