@@ -209,9 +209,11 @@ def test_splitmix64_is_the_published_generator():
     assert int(splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
 
 
-def test_large_blocks_are_digested_in_pieces_that_add_up():
-    store = make_cache("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=64, content=640).store()
-    assert store.layout.layers[0].block_bytes // 8 > 32768
+@pytest.mark.parametrize("piece", [1, 7, 64, 100, 1000])
+def test_large_blocks_are_digested_in_pieces_that_add_up(monkeypatch, piece):
+    monkeypatch.setattr("kvsdk.kernels.digest._CPU_PIECE", piece)
+    store = make_cache("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=4, content=10).store()
+    assert store.layout.layers[0].block_bytes // 8 == 60
     data = random_staging(store, 2)
     parts = layer_parts(store, data)
     assert [int(d) for d in digest(store, data)] == [digest_by_the_book(parts, b, b) for b in range(2)]
@@ -245,6 +247,16 @@ def test_every_single_bit_and_every_pair_of_top_bits_is_found():
             flipped[a] ^= 0x80
             flipped[b] ^= 0x80
             assert (digest(store, flipped)[0] == before) == (a == b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 15), st.integers(1, (1 << 32) - 1))
+def test_any_change_within_a_word_is_found(word, change):
+    store = make_cache("HND", torch.uint8, layers=1, heads=1, tokens=4, content=16).store()
+    data = random_staging(store, 1)
+    before = digest(store, data)[0]
+    data.view(np.uint32)[word : word + 1] += np.uint32(change)
+    assert digest(store, data)[0] != before
 
 
 def test_swapped_blocks_are_found():

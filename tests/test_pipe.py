@@ -1,5 +1,5 @@
-"""What is particular to each kind of pipe, and how pairs over gloo and shared memory are made and end. What every pipe promises is in
-`kvsdk.testing.contracts`.
+"""What is particular to each kind of pipe, and how pairs over gloo and shared memory are made and end. What every pipe
+promises is in `kvsdk.testing.contracts`.
 
 Gloo says nothing about NCCL's order or its kernels: those tests are in `tests/gpu/test_pipe_nccl.py`.
 """
@@ -537,9 +537,8 @@ def test_another_users_process_is_refused(host, threads, monkeypatch, who):
         return user(connection) + 1 if consumer == (who == "producer") else user(connection)
 
     monkeypatch.setattr(shm_pipe, "_user", another)
-    with pytest.raises(
-        WindowUnavailable if who == "producer" else PeerGone, match="user" if who == "producer" else "went away"
-    ):
+    error, message = (WindowUnavailable, "user") if who == "producer" else (PeerGone, "went away")
+    with pytest.raises(error, match=message):
         join(invite, "cpu", "127.0.0.1", within(LONG))
     with pytest.raises((DeadlineExceeded, PeerGone)):
         waiting.result(LONG)
@@ -669,14 +668,17 @@ def test_bytes_come_back_from_another_process(child):
 
 
 @pytest.mark.parametrize(
-    ("what", "kill"),
+    ("host", "what", "kill"),
     [
-        ("send", signal.SIGKILL),
-        ("recv", signal.SIGKILL),
-        ("recv", signal.SIGSTOP),
-        ("fill", signal.SIGKILL),
-        ("drain", signal.SIGKILL),
+        ("gloo", "send", signal.SIGKILL),
+        ("gloo", "recv", signal.SIGKILL),
+        ("gloo", "recv", signal.SIGSTOP),
+        ("shm", "recv", signal.SIGKILL),
+        ("shm", "fill", signal.SIGKILL),
+        ("shm", "drain", signal.SIGKILL),
+        ("shm", "drain", signal.SIGSTOP),
     ],
+    indirect=["host"],
 )
 def test_a_peer_that_dies_or_stops_in_mid_transfer_ends_in_an_error_and_the_next_pair_works(child, threads, what, kill):
     names = set(os.listdir("/dev/shm"))

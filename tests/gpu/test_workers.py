@@ -1,6 +1,6 @@
 """Random KV between the worker halves of two `PyNcclConnector`s, a process each, without vLLM and without a model.
 
-`KVSDK_TEST_DEVICES=cpu,cpu` runs it over shared memory and gloo, which shows that the test works and nothing about GPUs.
+`KVSDK_TEST_DEVICES=cpu,cpu` runs it over shared memory and gloo, which shows nothing about GPUs.
 """
 
 import json

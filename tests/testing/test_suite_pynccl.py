@@ -1,4 +1,4 @@
-"""PyNcclConnector over gloo passes the suite, each engine in a process of its own."""
+"""PyNcclConnector over shared memory passes the suite, each engine in a process of its own."""
 
 import pathlib
 
