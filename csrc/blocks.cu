@@ -11,9 +11,9 @@
 // TLB holds. A lane has UNROLL loads of 16 bytes in flight, a warp 4 KiB, 64 thread blocks of 512 threads 4 MiB; NVLink
 // at 400 GB/s and 2 us needs 0.8 MiB.
 //
-// A digest takes six 64-bit multiplications a word, four of them for the two keys, which depend on the word's index
-// alone. A 64-bit multiplication is three or four IMADs, the shifts and XORs around them about 40 more instructions:
-// some 60 for 8 bytes. An SM issues 128 a clock, so at 1.7 GHz 64 SMs do at most 1.8 TB/s: NVLink needs a fifth of
+// A digest takes four 64-bit multiplications for the two keys of 8 bytes, which depend on their index alone, and two of
+// 32 by 64 bits for the bytes. A 64-bit multiplication is three or four IMADs, the shifts and XORs around them about 40
+// more instructions: some 60 for 8 bytes. An SM issues 128 a clock, so at 1.7 GHz 64 SMs do at most 1.8 TB/s: NVLink needs a fifth of
 // that. A table of keys would double the bytes that are loaded, and keys shared between several blocks would triple the
 // pages in flight, to speed up what is not the limit.
 
@@ -47,7 +47,7 @@ struct Copy {
   const int* src_ids;  // null: block i of the source is its block i
   const int* dst_ids;  // null: likewise
   const u8* skip;      // null, or a byte a block: blocks whose byte is not 0 are left out
-  u64* sums;           // [layers][blocks]: the sums of the mixed words are added to it
+  u64* sums;           // [layers][blocks]: the sums of the words times their keys are added to it
   u32 num_blocks, num_chunks;
   u32 split;  // a chunk is cut into 1 << split units
   u32 unused;
@@ -127,7 +127,7 @@ struct Grain<1> {
   }
 };
 
-// ---- mix64-v1, as in kvsdk/kernels/digest.py
+// ---- mix64-v2, as in kvsdk/kernels/digest.py
 
 __device__ __forceinline__ u64 splitmix64(u64 x) {
   u64 z = x + GOLDEN;
@@ -136,11 +136,10 @@ __device__ __forceinline__ u64 splitmix64(u64 x) {
   return z ^ (z >> 31);
 }
 
-__device__ __forceinline__ u64 mixed(u64 word, u32 index) {
-  const u64 key = splitmix64(index);
-  u64 y = (word ^ key) * C1;
-  y ^= y >> 32;
-  return y * (splitmix64(key) | 1);
+// 64 bits of a page, two words, times their keys. `index` counts the 64 bits.
+__device__ __forceinline__ u64 keyed(u64 words, u32 index) {
+  const u64 i = 2ull * index;
+  return (words & 0xFFFFFFFFull) * (splitmix64(i) | 1) + (words >> 32) * (splitmix64(i + 1) | 1);
 }
 
 __device__ __forceinline__ u64 sum_over_warp(u64 value) {
@@ -171,7 +170,7 @@ struct Page {
   }
 };
 
-// UNROLL grains of this lane, from payload byte `first` on, one every WARP grains; returns the sum of their mixed words.
+// UNROLL grains of this lane, from payload byte `first` on, one every WARP grains; returns the sum of their words times keys.
 // Where all of them lie before `end`, nothing branches: the loads go out together and the multiplications interleave.
 template <u32 GRAIN, bool COPY, bool DIGEST, bool ALL, bool MANY_RUNS>
 __device__ __forceinline__ u64 tile(const Page<COPY, MANY_RUNS>& page, u32 first, u32 end) {
@@ -193,14 +192,14 @@ __device__ __forceinline__ u64 tile(const Page<COPY, MANY_RUNS>& page, u32 first
       if (COPY) grains[i].store(to[i]);
       if (DIGEST) {
 #pragma unroll
-        for (u32 j = 0; j < GRAIN / 8; j++) sum += mixed(grains[i].word[j], at / 8 + j);
+        for (u32 j = 0; j < GRAIN / 8; j++) sum += keyed(grains[i].word[j], at / 8 + j);
       }
     }
   }
   return sum;
 }
 
-// Payload bytes [begin, end) of a page by one warp; returns this lane's sum of mixed words.
+// Payload bytes [begin, end) of a page by one warp; returns this lane's sum.
 template <u32 GRAIN, bool COPY, bool DIGEST, bool MANY_RUNS>
 __device__ __forceinline__ u64 whole_words(const Page<COPY, MANY_RUNS>& page, u32 begin, u32 end, u32 lane) {
   constexpr u32 TILE = UNROLL * WARP * GRAIN;
@@ -231,7 +230,7 @@ __device__ __forceinline__ u64 parts_of_words(const Page<COPY, true>& page, u32 
         word |= static_cast<u64>(grain.part) << (8 * GRAIN * i);
       }
     }
-    if (DIGEST) sum += mixed(word, first / 8);
+    if (DIGEST) sum += keyed(word, first / 8);
   }
   return sum;
 }

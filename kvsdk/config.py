@@ -32,7 +32,7 @@ from kvsdk.errors import ConfigError
 log = logging.getLogger("kvsdk.config")
 
 ROLES = ("kv_producer", "kv_consumer", "kv_both")
-PIPES = ("auto", "peer", "gloo", "nccl")
+PIPES = ("auto", "peer", "shm", "gloo", "nccl")
 
 OWN_CONNECTORS = frozenset({"PyNcclConnector"})
 """Connectors whose options are those of `Options` and no others."""
@@ -116,7 +116,8 @@ class Options:
     pipe: str = _option(
         "auto",
         "choice",
-        "What carries the bytes; `auto` is NCCL between GPUs, else gloo. `peer` reads the other GPU's memory in place.",
+        "What carries the bytes. `auto` is NCCL between GPUs; between CPUs it is `shm`, shared memory, on one host and "
+        "else gloo. `peer` reads the other GPU's memory in place.",
         choices=PIPES,
     )
     verify: bool = _option(True, "bool", "Whether a block counts as loaded only when its digest matches.")

@@ -168,16 +168,12 @@ def mix(x):
 
 
 def digest_by_the_book(parts, block, position):
-    """`mix64-v1` written out with Python's integers, so that the algorithm's name keeps its meaning."""
+    """`mix64-v2` written out with Python's integers, so that the algorithm's name keeps its meaning."""
     total = 0
     for layer, part in enumerate(parts):
         row = part[block].tobytes()
         row += bytes(-len(row) % 8)
-        s = 0
-        for i in range(0, len(row), 8):
-            y = ((int.from_bytes(row[i : i + 8], "little") ^ mix(i // 8)) * 0xBF58476D1CE4E5B9) & M64
-            y ^= y >> 32
-            s += y * (mix(mix(i // 8)) | 1)
+        s = sum(int.from_bytes(row[4 * i : 4 * i + 4], "little") * (mix(i) | 1) for i in range(len(row) // 4))
         seed = mix((layer * 0x9E3779B97F4A7C15 + 0xD6E8FEB86659FD93 + mix(position)) & M64)
         total += mix((s & M64) ^ seed)
     return total & M64
@@ -185,7 +181,7 @@ def digest_by_the_book(parts, block, position):
 
 @settings(max_examples=40, deadline=None)
 @given(caches, st.integers(0, 4), st.integers(0, 2**40))
-def test_a_digest_is_mix64_v1(cache, blocks, first):
+def test_a_digest_is_mix64_v2(cache, blocks, first):
     store = cache.store()
     data = random_staging(store, blocks)
     expected = [digest_by_the_book(layer_parts(store, data), b, first + b) for b in range(blocks)]
@@ -213,9 +209,11 @@ def test_splitmix64_is_the_published_generator():
     assert int(splitmix64(np.zeros(1, np.uint64))[0]) == 0xE220A8397B1DCDAF
 
 
-def test_large_blocks_are_digested_in_pieces_that_add_up():
-    store = make_cache("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=64, content=640).store()
-    assert store.layout.layers[0].block_bytes // 8 > 32768
+@pytest.mark.parametrize("piece", [1, 7, 64, 100, 1000])
+def test_large_blocks_are_digested_in_pieces_that_add_up(monkeypatch, piece):
+    monkeypatch.setattr("kvsdk.kernels.digest._CPU_PIECE", piece)
+    store = make_cache("HND", torch.float32, blocks=1, layers=2, heads=3, tokens=4, content=10).store()
+    assert store.layout.layers[0].block_bytes // 8 == 60
     data = random_staging(store, 2)
     parts = layer_parts(store, data)
     assert [int(d) for d in digest(store, data)] == [digest_by_the_book(parts, b, b) for b in range(2)]
@@ -249,6 +247,16 @@ def test_every_single_bit_and_every_pair_of_top_bits_is_found():
             flipped[a] ^= 0x80
             flipped[b] ^= 0x80
             assert (digest(store, flipped)[0] == before) == (a == b)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 15), st.integers(1, (1 << 32) - 1))
+def test_any_change_within_a_word_is_found(word, change):
+    store = make_cache("HND", torch.uint8, layers=1, heads=1, tokens=4, content=16).store()
+    data = random_staging(store, 1)
+    before = digest(store, data)[0]
+    data.view(np.uint32)[word : word + 1] += np.uint32(change)
+    assert digest(store, data)[0] != before
 
 
 def test_swapped_blocks_are_found():

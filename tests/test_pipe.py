@@ -1,10 +1,12 @@
-"""What is particular to each kind of pipe, and how pairs over gloo are made and end. What every pipe promises is in
-`kvsdk.testing.contracts`.
+"""What is particular to each kind of pipe, and how pairs over gloo and shared memory are made and end. What every pipe
+promises is in `kvsdk.testing.contracts`.
 
 Gloo says nothing about NCCL's order or its kernels: those tests are in `tests/gpu/test_pipe_nccl.py`.
 """
 
 import contextlib
+import fcntl
+import functools
 import gc
 import os
 import signal
@@ -28,8 +30,9 @@ from kvsdk.errors import (
     PeerGone,
     PipeClosed,
     ProtocolError,
+    WindowUnavailable,
 )
-from kvsdk.pipe import PipeHost, choose, in_process_pair, join, lockstep_pair, prepare_process
+from kvsdk.pipe import PipeHost, choose, in_process_pair, join, lockstep_pair, prepare_process, shm_pipe
 
 SOON = 0.05
 LONG = 20.0
@@ -39,15 +42,21 @@ def within(seconds):
     return time.monotonic() + seconds
 
 
-def gloo_pair():
-    host = PipeHost("gloo", "127.0.0.1", "cpu")
+def make_pair(kind, ours=None, theirs=None):
+    """A pair between two threads; `ours` and `theirs` are further arguments of the two ends."""
+    host = PipeHost(kind, "127.0.0.1", "cpu", **(ours or {}))
     invite = msgpack.unpackb(msgpack.packb(host.prepare()))
     with ThreadPoolExecutor(1) as threads:
-        consumer = threads.submit(join, invite, "cpu", "127.0.0.1", within(LONG))
+        consumer = threads.submit(join, invite, "cpu", "127.0.0.1", within(LONG), **(theirs or {}))
         return host.accept(invite, within(LONG)), consumer.result()
 
 
-MAKERS = {"in-process": in_process_pair, "lockstep": lockstep_pair, "gloo": gloo_pair}
+KINDS = ["gloo", "shm"]
+MAKERS = {
+    "in-process": in_process_pair,
+    "lockstep": lockstep_pair,
+    **{kind: functools.partial(make_pair, kind) for kind in KINDS},
+}
 
 
 @pytest.fixture
@@ -93,10 +102,10 @@ def test_a_mismatch_of_sizes_names_both(name, threads):
         end.close(within(LONG))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("in-process", "in-process"), ("lockstep", "in-process"), ("gloo", "gloo")])
-def test_a_pipe_names_its_kind(name, kind):
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_pipe_names_its_kind(name):
     a, b = MAKERS[name]()
-    assert a.kind == b.kind == kind
+    assert a.kind == b.kind == {"lockstep": "in-process"}.get(name, name)
     a.close(within(LONG))
     b.close(within(LONG))
 
@@ -151,7 +160,13 @@ def test_in_lockstep_a_send_that_ended_early_leaves_nothing_behind():
 
 @pytest.mark.parametrize(
     ("kind", "device", "chosen"),
-    [("auto", "cpu", ("gloo",)), ("gloo", "cpu", ("gloo",)), ("peer", "cpu", ("peer",)), ("peer", "cuda", ("peer",))],
+    [
+        ("auto", "cpu", ("shm", "gloo")),
+        ("shm", "cpu", ("shm",)),
+        ("gloo", "cpu", ("gloo",)),
+        ("peer", "cpu", ("peer",)),
+        ("peer", "cuda", ("peer",)),
+    ],
 )
 def test_the_kinds_follow_the_device(kind, device, chosen):
     assert choose(kind, device) == chosen
@@ -162,7 +177,9 @@ def test_a_window_has_no_host():
         PipeHost("peer", "127.0.0.1", "cpu")
 
 
-@pytest.mark.parametrize(("kind", "device"), [("nccl", "cpu"), ("gloo", "cuda"), ("ucx", "cpu"), ("auto", "xpu")])
+@pytest.mark.parametrize(
+    ("kind", "device"), [("nccl", "cpu"), ("gloo", "cuda"), ("shm", "cuda"), ("ucx", "cpu"), ("auto", "xpu")]
+)
 def test_a_kind_that_cannot_run_is_refused_by_name(kind, device):
     with pytest.raises(ConfigError, match=f"'{kind if device != 'xpu' else device}'"):
         choose(kind, device)
@@ -180,7 +197,7 @@ def test_prepare_process_sets_what_keeps_the_watchdog_from_ending_a_server(monke
     assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
 
 
-# Making pairs over gloo
+# Making pairs
 
 
 def listening_addresses():
@@ -209,19 +226,31 @@ def nothing_is_left():
     wait_until(lambda: all(now <= then for now, then in zip(footprint(), before, strict=True)))
 
 
-@pytest.fixture
-def host():
-    host = PipeHost("gloo", "127.0.0.1", "cpu")
+@pytest.fixture(params=KINDS)
+def host(request):
+    host = PipeHost(request.param, "127.0.0.1", "cpu")
     yield host
     host.close()
 
 
-def test_a_pair_leaves_nothing_behind(threads):
-    gloo_pair()[0].close(within(LONG))
+gloo_only = pytest.mark.parametrize("host", ["gloo"], indirect=True)
+shm_only = pytest.mark.parametrize("host", ["shm"], indirect=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_leaves_nothing_behind(kind):
+    for end in make_pair(kind):
+        end.close(within(LONG))
+    del end
     gc.collect()
     with nothing_is_left():
         for _ in range(3):
-            a, b = gloo_pair()
+            a, b = make_pair(kind)
+            for source, target in ((a, b), (b, a)):
+                with ThreadPoolExecutor(1) as pool:
+                    done = pool.submit(source.send_row, [5], lambda i, part: part.fill_(1), within(LONG))
+                    target.recv_row([5], lambda i, part: None, within(LONG))
+                    done.result()
             a.close(within(LONG))
             b.close(within(LONG))
             del a, b
@@ -253,6 +282,7 @@ def test_an_address_of_another_machine_is_refused():
 
 
 def test_a_peer_that_never_joins_ends_at_the_deadline_and_leaves_nothing(host):
+    host.discard(host.prepare())  # what PyTorch starts once for the process is there from here on
     with nothing_is_left():
         invite = host.prepare()
         start = time.monotonic()
@@ -261,6 +291,7 @@ def test_a_peer_that_never_joins_ends_at_the_deadline_and_leaves_nothing(host):
         assert time.monotonic() - start < SOON + 1
 
 
+@gloo_only
 def test_a_peer_that_joins_and_goes_silent_ends_at_the_deadline(host):
     invite = host.prepare()
     store = dist.TCPStore(invite["host"], invite["port"], 2, is_master=False, wait_for_workers=False)
@@ -271,6 +302,7 @@ def test_a_peer_that_joins_and_goes_silent_ends_at_the_deadline(host):
     assert time.monotonic() - start < 2
 
 
+@gloo_only
 def test_a_host_that_is_gone_is_found_at_once(host):
     invite = host.prepare()
     host.discard(invite)
@@ -289,6 +321,7 @@ def test_a_host_that_does_not_accept_ends_at_the_deadline(host):
     assert time.monotonic() - start < 2
 
 
+@gloo_only
 def test_a_listener_that_is_no_store_ends_at_the_deadline(host):
     invite = dict(host.prepare())
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -322,7 +355,7 @@ def test_closing_the_host_ends_accept(host, threads):
 
 def test_many_pairs_connect_at_once(host, threads):
     invites = [host.prepare() for _ in range(6)]
-    assert len({invite["port"] for invite in invites}) == 6
+    assert len({(invite["pair"], invite.get("port")) for invite in invites}) == 6
     with ThreadPoolExecutor(12) as pool:
         ours = [pool.submit(host.accept, invite, within(LONG)) for invite in invites]
         theirs = [pool.submit(join, invite, "cpu", "127.0.0.1", within(LONG)) for invite in invites]
@@ -361,6 +394,7 @@ def test_many_pairs_connect_at_once(host, threads):
     ],
     ids=str,
 )
+@gloo_only
 def test_an_invite_from_the_network_is_not_trusted(host, change, error):
     with pytest.raises(error):
         join({**host.prepare(), **change}, "cpu", "127.0.0.1", within(SOON))
@@ -372,9 +406,13 @@ def test_what_is_no_invite_is_refused(invite):
         join(invite, "cpu", "127.0.0.1", within(SOON))
 
 
-def test_ends_that_are_out_of_step_end_in_an_error(threads):
-    a, b = gloo_pair()
-    b._numbers[0] = 5
+@pytest.mark.parametrize("kind", KINDS)
+def test_ends_that_are_out_of_step_end_in_an_error(threads, kind):
+    a, b = make_pair(kind)
+    if kind == "gloo":
+        b._numbers[0] = 5
+    else:
+        b._into.number = 5
     done = threads.submit(a.send, torch.zeros(4, dtype=torch.uint8), within(LONG))
     with pytest.raises(ProtocolError, match="out of step"):
         b.recv(torch.zeros(4, dtype=torch.uint8), within(LONG))
@@ -382,6 +420,202 @@ def test_ends_that_are_out_of_step_end_in_an_error(threads):
         done.result(LONG)
     a.close(within(LONG))
     b.close(within(LONG))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 1), (2, 3), (3, 1), (1, 2), (20, 2)])
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+def test_rows_go_through_any_number_of_slots_on_either_side(threads, kind, ours, theirs, later):
+    a, b = make_pair(kind, *({"num_slots": slots, "slot_bytes": 70_000} for slots in (ours, theirs)))
+    sizes = [70_000, 1, 0, 4096, 70_000, 3, 65_536, 70_000, 0, 9]
+    sent, came = [random_bytes(size, i) for i, size in enumerate(sizes)], []
+
+    def drain(i, part):
+        def read():
+            came.append(part.clone())
+
+        return read if later else read()
+
+    for _ in range(2):
+        done = threads.submit(a.send_row, sizes, lambda i, part: part.copy_(sent[i]), within(LONG))
+        b.recv_row(sizes, drain, within(LONG))
+        done.result()
+    assert len(came) == 2 * len(sent) and all(map(torch.equal, came, sent * 2))
+    for end in (a, b):
+        end.close(within(LONG))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_filled_while_it_is_drained(threads, kind):
+    """With three slots the sender is two messages ahead, and a message is drained while the next one is."""
+    a, b = make_pair(kind)
+    filled, allowed = [], threading.Semaphore(0)
+
+    def drain(i, part):
+        if i == 0:
+            wait_until(lambda: len(filled) >= 3)
+        if i == 1:
+            allowed.release()
+        return functools.partial(allowed.acquire, timeout=LONG) if i == 0 else None
+
+    done = threads.submit(a.send_row, [8] * 6, lambda i, part: filled.append(i), within(LONG))
+    b.recv_row([8] * 6, drain, within(LONG))
+    done.result()
+    for end in (a, b):
+        end.close(within(LONG))
+
+
+# Shared memory
+
+
+def test_both_ends_hold_the_same_memory_and_it_has_no_name(threads):
+    before = set(os.listdir("/dev/shm"))
+    a, b = make_pair("shm")
+    seen = []
+
+    def drain(i, part):
+        a._out.ring.slots[0][0] = 77
+        seen.append(int(part[0]))
+
+    done = threads.submit(a.send_row, [8], lambda i, part: part.fill_(5), within(LONG))
+    b.recv_row([8], drain, within(LONG))
+    done.result()
+    assert seen == [77]
+    assert set(os.listdir("/dev/shm")) <= before
+    for end in (a, b):
+        end.close(within(LONG))
+
+
+def test_a_tensor_longer_than_all_slots_travels(threads):
+    a, b = make_pair("shm", {"slot_bytes": 5000}, {"slot_bytes": 100})
+    for source, target in ((a, b), (b, a)):
+        sent, got = random_bytes(100_001), torch.zeros(100_001, dtype=torch.uint8)
+        done = threads.submit(source.send, sent, within(LONG))
+        target.recv(got, within(LONG))
+        done.result()
+        assert torch.equal(sent, got)
+    for end in (a, b):
+        end.close(within(LONG))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"host": "another boot"}, WindowUnavailable),
+        ({"pair": "0" * 32}, WindowUnavailable),
+        ({"pair": "x" * 32}, ProtocolError),
+        ({"host": 1}, ProtocolError),
+        ({"port": 1}, ProtocolError),
+        ({"version": 1}, MismatchError),
+    ],
+    ids=str,
+)
+@shm_only
+def test_memory_is_shared_with_nobody_else(host, change, error):
+    with pytest.raises(error):
+        join({**host.prepare(), **change}, "cpu", "127.0.0.1", within(LONG))
+
+
+@shm_only
+def test_a_host_of_shared_memory_that_is_gone_is_found_at_once(host):
+    invite = host.prepare()
+    host.discard(invite)
+    with pytest.raises(WindowUnavailable, match="network namespace"):
+        join(invite, "cpu", "127.0.0.1", within(LONG))
+
+
+@shm_only
+@pytest.mark.parametrize("who", ["producer", "consumer"])
+def test_another_users_process_is_refused(host, threads, monkeypatch, who):
+    invite = host.prepare()
+    waiting = threads.submit(host.accept, invite, within(1))
+    user = shm_pipe._user
+    theirs = threading.get_ident()
+
+    def another(connection):
+        consumer = threading.get_ident() == theirs
+        return user(connection) + 1 if consumer == (who == "producer") else user(connection)
+
+    monkeypatch.setattr(shm_pipe, "_user", another)
+    error, message = (WindowUnavailable, "user") if who == "producer" else (PeerGone, "went away")
+    with pytest.raises(error, match=message):
+        join(invite, "cpu", "127.0.0.1", within(LONG))
+    with pytest.raises((DeadlineExceeded, PeerGone)):
+        waiting.result(LONG)
+
+
+@shm_only
+def test_a_system_without_shared_memory_says_so(host, monkeypatch):
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    with nothing_is_left():
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(WindowUnavailable, match="No space left"):
+            host.prepare()
+
+
+@shm_only
+def test_accept_ends_when_nobody_wants_the_pair(host):
+    def unwanted():
+        raise PeerGone("given up")
+
+    start = time.monotonic()
+    with pytest.raises(PeerGone, match="given up"):
+        host.accept(host.prepare(), start + LONG, unwanted)
+    assert time.monotonic() - start < 5
+
+
+def memory(size, seal=fcntl.F_SEAL_SHRINK):
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
+    return fd
+
+
+@pytest.mark.parametrize(
+    ("make", "slots", "stride", "message"),
+    [
+        (lambda: memory(4095), 1, 4096, "4095 bytes, not 4096"),
+        (lambda: memory(8192), 3, 4096, "8192 bytes, not 12288"),
+        (lambda: memory(8192, 0), 2, 4096, "may shrink"),
+        (lambda: memory(8192, fcntl.F_SEAL_GROW), 2, 4096, "may shrink"),
+        (lambda: os.open(__file__, os.O_RDONLY), 1, 4096, "no seals"),
+        (lambda: os.pipe()[0], 1, 4096, "no seals"),
+        (lambda: memory(8192), 0, 4096, "cannot have 0 slots"),
+        (lambda: memory(8192), 65, 4096, "cannot have 65 slots"),
+        (lambda: memory(8192), 2, 4000, "cannot have 2 slots of 4000"),
+        (lambda: memory(8192), 2, 0, "cannot have 2 slots of 0"),
+        (lambda: memory(8192), 2, 1 << 62, "cannot have 2 slots"),
+        (lambda: memory(8192, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE), 2, 4096, "cannot be mapped"),
+    ],
+)
+def test_memory_that_a_peer_lies_about_is_not_touched(make, slots, stride, message):
+    fd = make()
+    with pytest.raises(ProtocolError, match=message):
+        shm_pipe.Ring.open(fd, slots, stride)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("lie", ["no memory", "two memories", "small slots", "another answer"])
+def test_a_peer_that_lies_breaks_the_pair_and_leaves_nothing(lie, threads):
+    def header(sizes):
+        return shm_pipe._HEADER.pack(*shm_pipe._header(0, sizes), 2, 4096)
+
+    with nothing_is_left():
+        a, b = make_pair("shm")
+        fds = [memory(8192) for _ in range({"no memory": 0, "two memories": 2}.get(lie, 1))]
+        sizes = [5000] if lie == "small slots" else [8]
+        socket.send_fds(a._out.socket, [header(sizes)], fds)
+        if lie == "another answer":
+            a._out.socket.sendall(b"x")
+        with pytest.raises(ProtocolError):
+            b.recv_row(sizes, lambda i, part: None, within(LONG))
+        for fd in fds:
+            os.close(fd)
+        a.close(within(LONG))
+        b.close(within(LONG))
+        del a, b  # what broke a pipe knows where, and so the memory
 
 
 # Two processes
@@ -392,10 +626,15 @@ from kvsdk.pipe import join
 pipe = join(msgpack.unpackb(bytes.fromhex(sys.argv[1])), "cpu", "127.0.0.1", time.monotonic() + 30)
 tensor = torch.zeros(int(sys.argv[3]), dtype=torch.uint8)
 while True:
-    if sys.argv[2] != "send":
-        pipe.recv(tensor, time.monotonic() + 30)
-    if sys.argv[2] != "recv":
-        pipe.send(tensor, time.monotonic() + 30)
+    if sys.argv[2] == "drain":
+        pipe.recv_row([1 << 20] * 16, lambda i, part: None, time.monotonic() + 30)
+    elif sys.argv[2] == "fill":
+        pipe.send_row([1 << 20] * 16, lambda i, part: part.fill_(i), time.monotonic() + 30)
+    else:
+        if sys.argv[2] != "send":
+            pipe.recv(tensor, time.monotonic() + 30)
+        if sys.argv[2] != "recv":
+            pipe.send(tensor, time.monotonic() + 30)
 """
 
 
@@ -429,16 +668,32 @@ def test_bytes_come_back_from_another_process(child):
 
 
 @pytest.mark.parametrize(
-    ("what", "kill"), [("send", signal.SIGKILL), ("recv", signal.SIGKILL), ("recv", signal.SIGSTOP)]
+    ("host", "what", "kill"),
+    [
+        ("gloo", "send", signal.SIGKILL),
+        ("gloo", "recv", signal.SIGKILL),
+        ("gloo", "recv", signal.SIGSTOP),
+        ("shm", "recv", signal.SIGKILL),
+        ("shm", "fill", signal.SIGKILL),
+        ("shm", "drain", signal.SIGKILL),
+        ("shm", "drain", signal.SIGSTOP),
+    ],
+    indirect=["host"],
 )
 def test_a_peer_that_dies_or_stops_in_mid_transfer_ends_in_an_error_and_the_next_pair_works(child, threads, what, kill):
+    names = set(os.listdir("/dev/shm"))
     process, pipe = child(what, 64 << 20)
     moved = []
 
     def carry():
         tensor = torch.zeros(64 << 20, dtype=torch.uint8)
         while True:
-            (pipe.recv if what == "send" else pipe.send)(tensor, within(2))
+            if what == "fill":
+                pipe.recv_row([1 << 20] * 16, lambda i, part: None, within(2))
+            elif what == "drain":
+                pipe.send_row([1 << 20] * 16, lambda i, part: part.fill_(i), within(2))
+            else:
+                (pipe.recv if what == "send" else pipe.send)(tensor, within(2))
             moved.append(1)
 
     running = threads.submit(carry)
@@ -450,6 +705,7 @@ def test_a_peer_that_dies_or_stops_in_mid_transfer_ends_in_an_error_and_the_next
     assert time.monotonic() - start < (2 if kill == signal.SIGKILL else 5)
     assert pipe.broken
     pipe.close(within(LONG))
+    assert set(os.listdir("/dev/shm")) <= names
     _, again = child("echo", 8)
     sent, got = random_bytes(8), torch.zeros(8, dtype=torch.uint8)
     again.send(sent, within(LONG))

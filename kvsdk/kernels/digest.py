@@ -1,9 +1,24 @@
-"""The digest of blocks, `mix64-v1`, by NumPy on CPUs and by PyTorch on GPUs; `csrc/blocks.cu` computes the same.
+"""The digest of blocks, `mix64-v2`, by NumPy on CPUs and by PyTorch on GPUs; `csrc/blocks.cu` computes the same.
 
-A layer's part of a block is read as little-endian 64-bit words, the last one filled up with zeros. Word i is mixed with
-two keys that depend on i alone, so that exchanged words show, and the mixed words are added up, so that they may be
-taken in any order. Each layer's sum is mixed with a seed of its layer and of the block's position in its prompt, so
-that exchanged layers and shifted blocks show; the digest is the sum of these over the layers.
+A layer's part of a block is read as little-endian 32-bit words, filled up with zeros to an even number of them. Word i
+is multiplied with a key of its own, the odd number `splitmix64(i) | 1`, and the products are added up modulo 2^64: a
+sum that may be taken in any order, of one multiplication and one addition a word (multilinear hashing). Each layer's
+sum is then mixed with a seed of its layer and of the block's position in its prompt, by a bijection, and the digest is
+the sum of these over the layers.
+
+What it finds, where a word's difference is what its value changed by, a number from 1 to 2^32 - 1 or minus that:
+
+- **Certainly**, whatever changes within one aligned word of one layer, and so every flipped bit: an odd key times the
+  difference is not 0 modulo 2^64, so the layer's sum changes, its mixed sum with it, and the other layers' do not.
+- Several changed words: the sum stays as it was if the differences times their keys add up to 0. For differences that
+  were not chosen to fit the keys, one key decides over that with its 63 free bits, all but v of which count if 2^v is
+  the largest power of two in every difference: once in 2^(63 - v) cases. v is 0 when anything is changed at random,
+  also where words, or blocks of random content, are exchanged: once in 2^63. It is at most 31, where nothing but the
+  top bits of words flip, as with the signs of float32 numbers: once in 2^32.
+- Exchanged layers and blocks at other positions have other seeds: what is then mixed differs, and the digests are equal
+  once in 2^64 cases. A block at another position within one layer alone differs for certain.
+
+It is no protection against an adversary, who knows the keys.
 """
 
 from __future__ import annotations
@@ -13,16 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 
-DIGEST_ALGORITHM = "mix64-v1"
+DIGEST_ALGORITHM = "mix64-v2"
 """Named in handshakes: two servers compare digests only if they compute the same ones."""
 
 _C1 = 0xBF58476D1CE4E5B9
 _C2 = 0x94D049BB133111EB
 _GOLDEN = 0x9E3779B97F4A7C15
 _LAYER_SEED = 0xD6E8FEB86659FD93
-_SHIFT = 32
-_CPU_PIECE = 32768  # words; with two temporaries 512 KiB, which stays in a core's second-level cache
-_CUDA_PIECE = 1 << 21  # words; with two temporaries 32 MiB, which stays in the second-level cache of data-centre GPUs
+_HALF = 32
+_LOW = (1 << _HALF) - 1
+_CPU_PIECE = 131072  # 64-bit words: 1 MiB, which stays in a core's second-level cache from the first pass to the second
+_CUDA_PIECE = 1 << 21  # words; with a temporary 32 MiB, which stays in the second-level cache of data-centre GPUs
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -34,7 +50,7 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def finish(sums_LB: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Digests of blocks, uint64, from the sums of their mixed words, a row a layer, and their positions (int64)."""
+    """Digests of blocks, uint64, from the sums of their words, a row a layer, and their positions (int64)."""
     layers = np.arange(len(sums_LB), dtype=np.uint64)[:, None]
     place = splitmix64(positions.view(np.uint64))[None, :]
     seeds = splitmix64(layers * np.uint64(_GOLDEN) + np.uint64(_LAYER_SEED) + place)
@@ -42,7 +58,7 @@ def finish(sums_LB: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 class WordMixer:
-    """Mixes and adds up the words of blocks.
+    """Multiplies and adds up the words of blocks.
 
     Args:
         longest: bytes of the longest row that will be asked for.
@@ -50,15 +66,23 @@ class WordMixer:
     """
 
     def __init__(self, longest: int, device: torch.device):
-        self._keys = splitmix64(np.arange(-(-longest // 8), dtype=np.uint64))
-        self._multipliers = splitmix64(self._keys) | np.uint64(1)
+        words = np.arange(2 * -(-longest // 8), dtype=np.uint64)
+        low, high = (splitmix64(words) | np.uint64(1)).reshape(-1, 2).T
         self._device = device
-        self._device_keys, self._device_multipliers = (
-            torch.from_numpy(keys.view(np.int64)).to(device) for keys in (self._keys, self._multipliers)
-        )
+        self._device_keys = [torch.from_numpy(keys.view(np.int64).copy()).to(device) for keys in (low, high)]
+        # NumPy has no sum of products of 32-bit words with 64-bit keys, but a fast one of 64-bit words. So two sums are
+        # taken: of the 64-bit words h·2^32 + l, and of the 64-bit words that lie between them, from one's high half to
+        # the next one's low half, where l counts 2^32 times. These are the keys with which both add up to the same:
+        #   low[i] = here[i] + 2^32 between[i - 1]    high[i] = between[i] + 2^32 here[i]
+        self._between = high - (low << np.uint64(_HALF))
+        self._here = low.copy()
+        self._here[1:] -= high[:-1] << np.uint64(_HALF)
 
     def row_sums(self, rows: torch.Tensor) -> np.ndarray | torch.Tensor:
-        """The sum of each row's mixed words; `rows` is `(blocks, bytes)`. For `digests`, which alone waits on CUDA."""
+        """The sums of words times keys, one for each of `rows`, which is `(blocks, bytes)`.
+
+        For `digests`: on CUDA that alone waits.
+        """
         return self.by_torch(rows) if self._device.type == "cuda" else self.by_numpy(rows)
 
     def digests(self, sums: list[Any], positions: np.ndarray) -> np.ndarray:
@@ -68,36 +92,31 @@ class WordMixer:
         return finish(np.stack(sums), positions)
 
     def by_numpy(self, rows: torch.Tensor) -> np.ndarray:
-        """For CPUs: NumPy shifts unsigned and is twice as fast there."""
+        """For CPUs: a pass over a piece that is in the cache then, and one more."""
         words_BW = _pad_to_words(rows).numpy().view(np.uint64)
-        sums_B = np.zeros(len(words_BW), dtype=np.uint64)
-        temporary = np.empty((2, min(_CPU_PIECE, words_BW.size)), dtype=np.uint64)
+        last = words_BW.shape[1] - 1
+        between_BW = words_BW.view(np.uint32)[:, 1:-1].view(np.uint64)
+        sums_B = words_BW.view(np.uint32)[:, -1] * self._between[last]
         for blocks, columns in _pieces(words_BW.shape, _CPU_PIECE):
-            x = words_BW[blocks, columns]
-            y, shifted = temporary[:, : x.size].reshape(2, *x.shape)
-            np.bitwise_xor(x, self._keys[columns], out=y)
-            np.multiply(y, np.uint64(_C1), out=y)
-            np.right_shift(y, np.uint64(_SHIFT), out=shifted)
-            np.bitwise_xor(y, shifted, out=y)
-            np.multiply(y, self._multipliers[columns], out=y)
-            sums_B[blocks] += y.sum(axis=1, dtype=np.uint64)
+            sums_B[blocks] += np.einsum("bw,w->b", words_BW[blocks, columns], self._here[columns])
+            columns = slice(columns.start, min(columns.stop, last))
+            sums_B[blocks] += np.einsum("bw,w->b", between_BW[blocks, columns], self._between[columns])
         return sums_B
 
     def by_torch(self, rows: torch.Tensor) -> torch.Tensor:
         """For GPUs, int64. PyTorch's int64 wraps like uint64 but shifts in the sign, which a mask undoes."""
         words_BW = _pad_to_words(rows).view(torch.int64)
+        low, high = self._device_keys
         with torch.inference_mode(False):
             sums_B = torch.zeros(len(words_BW), dtype=torch.int64, device=rows.device)
-            temporary = torch.empty((2, min(_CUDA_PIECE, words_BW.numel())), dtype=torch.int64, device=rows.device)
+            temporary = torch.empty(min(_CUDA_PIECE, words_BW.numel()), dtype=torch.int64, device=rows.device)
         for blocks, columns in _pieces(tuple(words_BW.shape), _CUDA_PIECE):
             x = words_BW[blocks, columns]
-            y, shifted = temporary[:, : x.numel()].view(2, *x.shape)
-            torch.bitwise_xor(x, self._device_keys[columns], out=y)
-            y.mul_(_C1 - (1 << 64))
-            torch.bitwise_right_shift(y, _SHIFT, out=shifted)
-            shifted.bitwise_and_((1 << (64 - _SHIFT)) - 1)
-            y.bitwise_xor_(shifted).mul_(self._device_multipliers[columns])
-            sums_B[blocks] += y.sum(dim=1)
+            y = temporary[: x.numel()].view(x.shape)
+            torch.bitwise_and(x, _LOW, out=y)
+            sums_B[blocks] += y.mul_(low[columns]).sum(dim=1)
+            torch.bitwise_right_shift(x, _HALF, out=y)
+            sums_B[blocks] += y.bitwise_and_(_LOW).mul_(high[columns]).sum(dim=1)
         return sums_B
 
 

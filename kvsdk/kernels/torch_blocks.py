@@ -66,6 +66,8 @@ class TorchBlocks:
             # What a staging buffer is packed from; there a layer begins after those before it. The buffer's words are
             # of one kind for all layers, since a layer's place in it depends on their sizes.
             plan = plan_copy(layout, staging_layout(layout, 1))
+            # Layers of one size are digested together.
+            self._even = len({layer.block_bytes for layer in layout.layers}) == 1
             self._starts = [layer.storage_offset for layer in plan.dst.layers]
             self._word = _word(plan, self._flat)
             self._views = [
@@ -78,6 +80,8 @@ class TorchBlocks:
                 )
                 for flat, layer in zip(self._flat, plan.layers, strict=True)
             ]
+            # NumPy copies a block's run as one piece, half as fast again as PyTorch's `index_copy_`.
+            self._arrays = [view.numpy() for view in self._views] if self._device.type == "cpu" else None
             self.mixer = WordMixer(max(layer.block_bytes for layer in layout.layers), self._device)
 
     def route(self, plan: Plan, addresses: np.ndarray) -> Route:
@@ -100,6 +104,13 @@ class TorchBlocks:
 
     def scatter(self, ids: np.ndarray, staging: torch.Tensor, select: np.ndarray | None = None) -> None:
         parts = self._parts(staging, len(ids))
+        if self._arrays is not None:
+            for array, part in zip(self._arrays, parts, strict=True):
+                if select is None:
+                    array[ids] = part.numpy()
+                else:
+                    array[ids[select]] = part.numpy()[select]
+            return
         if select is None:
             index = self._index(ids)
             for view, part in zip(self._views, parts, strict=True):
@@ -114,6 +125,9 @@ class TorchBlocks:
         self.scatter(ids, staging, None if len(right) == len(ids) else right)
 
     def digest_staging(self, staging: torch.Tensor, num_blocks: int, check: Check) -> np.ndarray:
+        if self._even:
+            rows = staging[: num_blocks * self._layout.block_bytes].view(num_blocks * len(self._views), -1)
+            return self._finish(list(self.mixer.row_sums(rows).reshape(-1, num_blocks)), check)
         parts = self._parts(staging, num_blocks)
         return self._finish([self.mixer.row_sums(_rows(part)) for part in parts], check)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -11,6 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, PipeBusy, PipeClosed, ProtocolError
+
+SLOTS = 3
+"""Messages that a pipe's staging memory holds: one is filled or drained, one is on its way, one is ready."""
+
+SLOT_BYTES = 1 << 20
+"""Most bytes of a message of a row, unless the pipe is made for longer ones."""
+
+Fill = Callable[[int, torch.Tensor], None]
+Drain = Callable[[int, torch.Tensor], Callable[[], None] | None]
 
 
 class Pipe(ABC):
@@ -24,9 +35,21 @@ class Pipe(ABC):
     that cannot travel) leave the pipe as it was.
 
     One thread may send while another receives, unless the kind says otherwise.
+
+    Rows travel through the pipe's own staging memory, which it allocates for a direction with the first row there and
+    keeps until it is closed: where two workers share memory, what one fills is what the other drains.
+
+    Args:
+        num_slots: how many messages the staging memory of a direction holds. Two or more let filling and sending, or
+            receiving and draining, overlap.
+        slot_bytes: the longest message of a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int = SLOTS, slot_bytes: int = SLOT_BYTES) -> None:
+        if num_slots < 1 or slot_bytes < 1:
+            raise ValueError(f"{num_slots} slots of {slot_bytes} bytes hold no message")
+        self.num_slots, self.slot_bytes = num_slots, slot_bytes
+        self._staging: dict[str, list[torch.Tensor]] = {}
         self._state = threading.Lock()
         self._failure: KVError | None = None
         self._sending = threading.Lock()
@@ -35,7 +58,7 @@ class Pipe(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """`in-process`, `gloo` or `nccl`."""
+        """`in-process`, `shm`, `gloo` or `nccl`."""
 
     @property
     def broken(self) -> bool:
@@ -76,93 +99,93 @@ class Pipe(ABC):
             self._enter(deadline)
             self._recv(_as_bytes(tensor), deadline)
 
-    def send_row(
-        self,
-        sizes: Sequence[int],
-        slots: Sequence[torch.Tensor],
-        fill: Callable[[int, torch.Tensor], None],
-        deadline: float,
-    ) -> None:
+    def send_row(self, sizes: Sequence[int], fill: Fill, deadline: float) -> None:
         """Sends a row of messages, filling the next ones while one is on its way; the peer takes it by `recv_row`.
 
         Args:
-            sizes: bytes of each message.
-            slots: message i travels in the front of `slots[i % len(slots)]`: contiguous, uint8, on the pipe's device,
-                large enough. Two or more let filling and sending overlap.
-            fill: called in order, with a message's index and its part of a slot, once the slot may be written. On CUDA
-                it may leave its work on the current stream. What it raises breaks the pipe and comes out of here.
+            sizes: bytes of each message, `slot_bytes` at most.
+            fill: called in order, with a message's index and where its bytes go: a 1-D uint8 tensor on the pipe's
+                device, to be used during the call alone. On CUDA it may leave its work on the current stream. What it
+                raises breaks the pipe and comes out of here.
             deadline: absolute, in seconds of `time.monotonic()`.
 
         Raises:
             DeadlineExceeded, PeerGone, PipeClosed, ProtocolError, PipeBusy, ValueError: see the class.
         """
-        self._row(self._sending, "send_row", self._send_row, sizes, slots, fill, deadline)
 
-    def recv_row(
-        self,
-        sizes: Sequence[int],
-        slots: Sequence[torch.Tensor],
-        drain: Callable[[int, torch.Tensor], None],
-        deadline: float,
-    ) -> None:
+        def guarded(i: int, part: torch.Tensor) -> None:
+            with self._or_given_up("send_row"):
+                fill(i, part)
+
+        self._check_sizes(sizes)
+        with self._direction(self._sending, "send_row"):
+            self._enter(deadline)
+            self._send_row(list(sizes), guarded, deadline)
+
+    def recv_row(self, sizes: Sequence[int], drain: Drain, deadline: float) -> None:
         """Receives a row of messages, the next ones while one is drained.
 
         Args:
             sizes: bytes of each message, the same as the sender's.
-            slots: see `send_row`; the two sides may have different numbers of them.
-            drain: called in order, with a message's index and the part of a slot that holds it. The slot is used again
-                when it returns, so on CUDA it waits for what it left on the current stream. What it raises breaks the
-                pipe and comes out of here.
+            drain: called in order, with a message's index and a 1-D uint8 tensor that holds it. The memory is used
+                again when `drain` returns; or, where it returns a callable, when that returns, which is called from
+                this thread after `drain` of the next message, and waits for what `drain` left to others. So a message
+                may be drained in a thread while the next one comes. What either raises breaks the pipe and comes out
+                of here, and others may be left at work then.
             deadline: absolute, in seconds of `time.monotonic()`.
 
         Raises:
             DeadlineExceeded, PeerGone, PipeClosed, ProtocolError, PipeBusy, ValueError: see the class.
         """
-        self._row(self._receiving, "recv_row", self._recv_row, sizes, slots, drain, deadline)
 
-    def _row(
-        self,
-        lock: threading.Lock,
-        name: str,
-        carry: Callable[..., None],
-        sizes: Sequence[int],
-        slots: Sequence[torch.Tensor],
-        work: Callable[[int, torch.Tensor], None],
-        deadline: float,
-    ) -> None:
-        for slot in slots:
-            self._check(slot)
-            if slot.dtype != torch.uint8 or slot.dim() != 1:
-                raise ValueError(f"a slot must be 1-D and uint8, not {slot.dtype} of shape {tuple(slot.shape)}")
-        room = [slot.numel() for slot in slots] or [-1]
-        if any(not 0 <= size <= room[i % len(room)] for i, size in enumerate(sizes)):
-            raise ValueError(f"messages of {list(sizes)} bytes do not fit slots of {[slot.numel() for slot in slots]}")
-        parts = [slots[i % len(slots)][:size] for i, size in enumerate(sizes)]
+        def guarded(i: int, part: torch.Tensor) -> Callable[[], None] | None:
+            with self._or_given_up("recv_row"):
+                wait = drain(i, part)
+            return None if wait is None else functools.partial(waited, wait)
 
-        def guarded(i: int) -> None:
-            try:
-                work(i, parts[i])
-            except BaseException as error:
-                self._fail(PipeClosed(f"{name} was given up: {type(error).__name__}: {error}"))
-                raise
+        def waited(wait: Callable[[], None]) -> None:
+            with self._or_given_up("recv_row"):
+                wait()
 
-        with self._direction(lock, name):
+        self._check_sizes(sizes)
+        with self._direction(self._receiving, "recv_row"):
             self._enter(deadline)
-            carry(parts, len(slots), guarded, deadline)
+            self._recv_row(list(sizes), guarded, deadline)
 
-    def _send_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
-    ) -> None:
-        for i, part in enumerate(parts):
-            fill(i)
+    def _check_sizes(self, sizes: Sequence[int]) -> None:
+        if any(not 0 <= size <= self.slot_bytes for size in sizes):
+            raise ValueError(f"messages of {list(sizes)} bytes do not fit slots of {self.slot_bytes}")
+
+    @contextlib.contextmanager
+    def _or_given_up(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._fail(PipeClosed(f"{name} was given up: {type(error).__name__}: {error}"))
+            raise
+
+    def _send_row(self, sizes: list[int], fill: Fill, deadline: float) -> None:
+        for i, part in enumerate(self._parts("send", sizes)):
+            fill(i, part)
             self._send(part, deadline)
 
-    def _recv_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
-    ) -> None:
-        for i, part in enumerate(parts):
+    def _recv_row(self, sizes: list[int], drain: Drain, deadline: float) -> None:
+        draining = Draining(drain, self.num_slots)
+        for i, part in enumerate(self._parts("recv", sizes)):
             self._recv(part, deadline)
-            drain(i)
+            draining.start(i, part)
+        draining.finish()
+
+    def _parts(self, way: str, sizes: list[int]) -> list[torch.Tensor]:
+        """Where each message of a row lies in the staging memory of a direction."""
+        if way not in self._staging:
+            with torch.inference_mode(False):
+                self._staging[way] = [self._new_slot() for _ in range(self.num_slots)]
+        slots = self._staging[way]
+        return [slots[i % len(slots)][:size] for i, size in enumerate(sizes)]
+
+    def _new_slot(self) -> torch.Tensor:
+        return torch.empty(self.slot_bytes, dtype=torch.uint8)
 
     def abort(self) -> None:
         """Breaks the pipe at once, from any thread: calls that run here raise `PipeClosed`, the peer's `PeerGone`."""
@@ -224,6 +247,31 @@ class Pipe(ABC):
             else:
                 idle = False
         return idle
+
+
+class Draining:
+    """Messages of a row that are being drained: one may be while the next one comes, if there is a slot for that."""
+
+    def __init__(self, drain: Drain, num_slots: int):
+        self._drain, self._at_once = drain, min(num_slots - 1, 1)
+        self._running: collections.deque[Callable[[], None] | None] = collections.deque()
+
+    def start(self, i: int, part: torch.Tensor) -> int:
+        """Drains message i; returns how many slots are free again, the oldest first."""
+        self._running.append(self._drain(i, part))
+        return self._end(self._at_once)
+
+    def finish(self) -> int:
+        """Waits for the rest; returns as `start`."""
+        return self._end(0)
+
+    def _end(self, at_most: int) -> int:
+        before = len(self._running)
+        while self._running and (len(self._running) > at_most or self._running[0] is None):
+            wait = self._running.popleft()
+            if wait is not None:
+                wait()
+        return before - len(self._running)
 
 
 def check_contiguous(tensor: torch.Tensor) -> None:

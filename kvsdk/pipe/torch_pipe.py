@@ -16,30 +16,25 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ipaddress
 import logging
 import math
 import os
 import socket
 import threading
 import time
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, MismatchError, PeerGone, PipeClosed, ProtocolError
-from kvsdk.pipe.base import Pipe, check_contiguous
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError
+from kvsdk.pipe.base import Drain, Draining, Fill, Pipe, check_contiguous
 
 logger = logging.getLogger("kvsdk.pipe")
-
-PIPE_VERSION = 2
-KINDS = ("peer", "gloo", "nccl")
 
 _MAGIC = 0x6B7673646B706970
 # Gloo's tags; the first six add the rank that sends the tensor.
@@ -54,28 +49,6 @@ _STORE_POLL = 0.005
 _STORE_ATTEMPT = timedelta(seconds=1)
 # Gloo's own rendezvous, which takes a fraction of a second, cannot be interrupted; it ends by then.
 _RENDEZVOUS_LIMIT = timedelta(seconds=5)
-_INVITE_FIELDS = {"version": int, "kind": str, "host": str, "port": int, "pair": str, "max_ctas": int}
-
-
-class PipeInvite(TypedDict):
-    """What a `PipeHost` tells the other worker, as a message: plain values for msgpack.
-
-    Attributes:
-        version: of this protocol.
-        kind: `gloo` or `nccl`.
-        host: IP address of the store.
-        port: of the store.
-        pair: 32 hex digits; sets the pair's keys in the store apart.
-        max_ctas: thread blocks that NCCL may use for a transfer; 0 leaves it to NCCL. It also decides how much GPU
-            memory the pair holds, on both sides.
-    """
-
-    version: int
-    kind: str
-    host: str
-    port: int
-    pair: str
-    max_ctas: int
 
 
 def prepare_process(device_type: str) -> None:
@@ -105,162 +78,65 @@ def prepare_process(device_type: str) -> None:
         os.environ[name] = value
 
 
-def choose(kind: str, device_type: str) -> tuple[str, ...]:
-    """The kinds of pipe to use on a device, the best one first.
+class TorchListener:
+    """The producer's side of one pair that is being made.
 
     Args:
-        kind: `auto`, `peer`, `gloo` or `nccl`.
-        device_type: `cpu` or `cuda`.
+        kind: `gloo` or `nccl`.
+        pair: sets the pair's keys in the store apart.
+        ip: address to listen on.
+        device: where the tensors are.
+        max_ctas: thread blocks that NCCL may use for a transfer; 0 leaves it to NCCL.
 
     Raises:
-        ConfigError: the kind is unknown or cannot run on the device.
-    """
-    runs = {"cuda": ("nccl", "peer"), "cpu": ("gloo", "peer")}
-    auto = {"cuda": ("nccl",), "cpu": ("gloo",)}
-    if device_type not in runs:
-        raise ConfigError(f"no pipe runs on device type {device_type!r}; use cpu or cuda")
-    if kind != "auto" and kind not in KINDS:
-        raise ConfigError(f"pipe kind {kind!r} is unknown; use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-    if kind != "auto" and kind not in runs[device_type]:
-        raise ConfigError(f"pipe kind {kind!r} does not run on {device_type}; use auto or {runs[device_type][0]}")
-    chosen = auto[device_type] if kind == "auto" else (kind,)
-    if "nccl" in chosen and not dist.is_nccl_available():
-        raise ConfigError("pipe kind 'nccl' needs a build of PyTorch with NCCL")
-    return chosen
-
-
-class PipeHost:
-    """The producer's side of making pairs: any number of them, from any thread.
-
-    A pair is made in two steps, so that the invite can travel in a message of the caller's: `prepare` listens, and
-    `accept` waits for the other worker to `join`.
+        ConfigError: `ip` is no address of this machine.
     """
 
-    def __init__(self, kind: str, bind_ip: str, device: torch.device | str, max_ctas: int = 0):
-        """Checks the arguments; listens to nothing yet.
-
-        Args:
-            kind: `gloo` or `nccl`, from `choose`.
-            bind_ip: IP address to listen on, and which the peer can reach; not a wildcard.
-            device: where the tensors are.
-            max_ctas: thread blocks that NCCL may use for a transfer; 0 leaves it to NCCL.
-
-        Raises:
-            ConfigError: an argument is not usable.
-        """
-        self._device = _with_index(torch.device(device))
-        (self._kind,) = choose(kind, self._device.type)
-        if self._kind == "peer":
-            raise ConfigError("a peer's memory is a window (kvsdk.pipe.window), not a pipe that has a host")
-        self._ip = _checked_ip(bind_ip)
-        if not 0 <= max_ctas <= 64:
-            raise ConfigError(f"max_ctas must be from 0 to 64, not {max_ctas}")
-        self._max_ctas = max_ctas
-        self._lock = threading.Lock()
-        self._stores: dict[str, dist.TCPStore] = {}
-        self._closed = False
-
-    def prepare(self) -> PipeInvite:
-        """Listens for one peer, on a port of its own, until `accept`, `discard` or `close`.
-
-        Returns:
-            What the peer needs for `join`.
-
-        Raises:
-            PipeClosed: the host is closed.
-            ConfigError: `bind_ip` is no address of this machine.
-        """
+    def __init__(
+        self, kind: str, pair: str, ip: str, device: torch.device, max_ctas: int, num_slots: int, slot_bytes: int
+    ):
+        self._kind, self._pair, self._ip, self._device, self._max_ctas = kind, pair, ip, device, max_ctas
+        self._slots = num_slots, slot_bytes
         try:
-            listener = socket.create_server((self._ip, 0), family=_family(self._ip))
+            listener = socket.create_server((ip, 0), family=_family(ip))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {self._ip}: {error}") from error
+            raise ConfigError(f"cannot listen on {ip}: {error}") from error
         port = listener.getsockname()[1]
+        self.fields = {"host": ip, "port": port, "max_ctas": max_ctas}
         # Handing our socket over keeps the store off the wildcard address, where it would listen otherwise.
-        store = dist.TCPStore(
-            self._ip,
-            port,
-            2,
-            is_master=True,
-            timeout=_FOREVER,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        pair = uuid.uuid4().hex
-        with self._lock:
-            if self._closed:
-                raise PipeClosed("the pipe host is closed")
-            self._stores[pair] = store
-        return PipeInvite(
-            version=PIPE_VERSION, kind=self._kind, host=self._ip, port=port, pair=pair, max_ctas=self._max_ctas
+        self._store: dist.TCPStore | None = dist.TCPStore(
+            ip, port, 2, is_master=True, timeout=_FOREVER, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
-    def accept(self, invite: PipeInvite, deadline: float) -> Pipe:
-        """Waits for the peer to join and connects to it, both ways. The invite is used up, whatever happens.
+    def joined(self) -> bool:
+        """Whether the peer is there. Raises PipeClosed after `close`."""
+        return self._open_store().check([_joined_key(self._pair)])
 
-        Args:
-            invite: from `prepare`.
-            deadline: absolute, in seconds of `time.monotonic()`.
-
-        Returns:
-            The producer's end.
-
-        Raises:
-            DeadlineExceeded: the peer did not join, or did not answer, in time.
-            PeerGone: it joined and went away.
-            PipeClosed: the host was closed, or the invite was used up or discarded before.
-        """
-        pair = invite["pair"]
-        with self._lock:
-            store = self._stores.get(pair)
-        try:
-            while store is not None and not store.check([_joined_key(pair)]):
-                if time.monotonic() >= deadline:
-                    # The error's traceback keeps this frame, and the store in it would go on listening.
-                    store = None
-                    raise DeadlineExceeded("no peer joined by the deadline")
-                time.sleep(_STORE_POLL)
-                with self._lock:
-                    store = self._stores.get(pair)
-            if store is None:
-                raise PipeClosed("the invite is used up, or the pipe host is closed")
-        finally:
-            self.discard(invite)
-        return _connect(store, _PRODUCER, invite, self._device, self._ip, deadline)
-
-    def discard(self, invite: PipeInvite) -> None:
-        """Stops listening for a peer that will not come. Fine after `accept`, too."""
-        with self._lock:
-            self._stores.pop(invite["pair"], None)
+    def connect(self, deadline: float) -> Pipe:
+        """The producer's end; see `PipeHost.accept`."""
+        invite = {"kind": self._kind, "pair": self._pair, "max_ctas": self._max_ctas}
+        return _connect(self._open_store(), _PRODUCER, invite, self._device, self._ip, self._slots, deadline)
 
     def close(self) -> None:
-        """Stops listening; `accept` calls that wait raise `PipeClosed`. Pipes that exist stay. Twice is fine."""
-        with self._lock:
-            self._closed = True
-            self._stores.clear()
+        # By name, since the traceback of an error may keep this object, and the store would go on listening.
+        self._store = None
+
+    def _open_store(self) -> dist.TCPStore:
+        store = self._store
+        if store is None:
+            raise PipeClosed("the invite is used up, or the pipe host is closed")
+        return store
 
 
-def join(invite: dict[str, Any], device: torch.device | str, bind_ip: str, deadline: float) -> Pipe:
-    """Connects to the producer that made an invite: the consumer's end.
-
-    Args:
-        invite: a `PipeInvite` from the network: anything may be in it.
-        device: where the tensors are.
-        bind_ip: IP address of this machine to listen on, and which the peer can reach; not a wildcard.
-        deadline: absolute, in seconds of `time.monotonic()`.
-
-    Raises:
-        ProtocolError: the invite is malformed.
-        MismatchError: it is of another version, or for another kind of device.
-        ConfigError: `bind_ip` or the device is not usable.
-        PeerGone: nobody listens there any more, or the peer went away.
-        DeadlineExceeded: the peer did not answer in time.
-    """
-    device = _with_index(torch.device(device))
-    bind_ip = _checked_ip(bind_ip)
-    invite = _checked_invite(invite)
-    ours = {"cuda": "nccl", "cpu": "gloo"}[device.type]
-    if invite["kind"] != ours:
-        raise MismatchError("pipe.kind", ours, invite["kind"])
+def join_torch(
+    invite: Mapping[str, Any],
+    device: torch.device,
+    bind_ip: str,
+    num_slots: int,
+    slot_bytes: int,
+    deadline: float,
+) -> Pipe:
+    """The consumer's end of a pair over gloo or NCCL; see `kvsdk.pipe.join`, which has checked the invite's types."""
     _probe(invite["host"], invite["port"], deadline)
 
     def connect_store() -> dist.TCPStore:
@@ -279,7 +155,7 @@ def join(invite: dict[str, Any], device: torch.device | str, bind_ip: str, deadl
             return store
 
     store = _within(deadline, "connecting to the peer's store", connect_store)
-    return _connect(store, _CONSUMER, invite, device, bind_ip, deadline)
+    return _connect(store, _CONSUMER, invite, device, bind_ip, (num_slots, slot_bytes), deadline)
 
 
 class TorchPipe(Pipe):
@@ -290,8 +166,8 @@ class TorchPipe(Pipe):
 
     kind = "gloo"
 
-    def __init__(self, group: dist.ProcessGroupGloo, rank: int):
-        super().__init__()
+    def __init__(self, group: dist.ProcessGroupGloo, rank: int, num_slots: int, slot_bytes: int):
+        super().__init__(num_slots, slot_bytes)
         self._gloo: dist.ProcessGroupGloo | None = group
         self._rank, self._peer = rank, 1 - rank
         self._numbers = [0, 0]  # of the next tensor, by the rank that sends it
@@ -319,30 +195,29 @@ class TorchPipe(Pipe):
     def _carry(self, data: torch.Tensor, sender: int, deadline: float) -> None:
         self._finish(self._begin(data, sender, deadline), deadline)
 
-    def _send_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
-    ) -> None:
-        self._meet([part.numel() for part in parts], self._rank, deadline)
+    def _send_row(self, sizes: list[int], fill: Fill, deadline: float) -> None:
+        self._meet(sizes, self._rank, deadline)
         under_way: collections.deque[Any] = collections.deque()
-        for i, part in enumerate(parts):
-            if len(under_way) == num_slots:
+        for i, part in enumerate(self._parts("send", sizes)):
+            if len(under_way) == self.num_slots:
                 self._finish(under_way.popleft(), deadline)
-            fill(i)
+            fill(i, part)
             under_way.append(self._begin(part, self._rank, deadline))
         while under_way:
             self._finish(under_way.popleft(), deadline)
 
-    def _recv_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
-    ) -> None:
-        self._meet([part.numel() for part in parts], self._peer, deadline)
+    def _recv_row(self, sizes: list[int], drain: Drain, deadline: float) -> None:
+        self._meet(sizes, self._peer, deadline)
+        parts, draining = self._parts("recv", sizes), Draining(drain, self.num_slots)
         under_way: collections.deque[Any] = collections.deque()
-        for i in range(-num_slots, len(parts)):
-            if i >= 0:
-                self._finish(under_way.popleft(), deadline)
-                drain(i)
-            if i + num_slots < len(parts):
-                under_way.append(self._begin(parts[i + num_slots], self._peer, deadline))
+        begun, free = 0, self.num_slots
+        for i, part in enumerate(parts):
+            for following in parts[begun : begun + free]:
+                under_way.append(self._begin(following, self._peer, deadline))
+                begun += 1
+            self._finish(under_way.popleft(), deadline)
+            free = draining.start(i, part)
+        draining.finish()
 
     def _begin(self, data: torch.Tensor, sender: int, deadline: float) -> Any:
         """Starts to move a tensor; the peer is about to do the other half. Returns what `_finish` takes."""
@@ -429,6 +304,7 @@ class TorchPipe(Pipe):
 
     def _release(self, deadline: float) -> None:
         self._gloo = None
+        self._staging.clear()
 
     def _hello(self, deadline: float) -> None:
         """One small message each way, so that a pair that cannot talk fails before it is used.
@@ -458,8 +334,16 @@ class NcclPipe(TorchPipe):
 
     kind = "nccl"
 
-    def __init__(self, group: dist.ProcessGroupGloo, rank: int, device: torch.device, pair_name: str):
-        super().__init__(group, rank)
+    def __init__(
+        self,
+        group: dist.ProcessGroupGloo,
+        rank: int,
+        num_slots: int,
+        slot_bytes: int,
+        device: torch.device,
+        pair_name: str,
+    ):
+        super().__init__(group, rank, num_slots, slot_bytes)
         self._receiving = self._sending
         self._device = device
         self._name = pair_name
@@ -511,6 +395,9 @@ class NcclPipe(TorchPipe):
         check_contiguous(tensor)
         if tensor.device != self._device:
             raise ValueError(f"this pipe carries tensors on {self._device}, not on {tensor.device}")
+
+    def _new_slot(self) -> torch.Tensor:
+        return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
 
     def _begin(self, data: torch.Tensor, sender: int, deadline: float) -> Any:
         if not data.numel():
@@ -621,7 +508,13 @@ class NcclPipe(TorchPipe):
 
 
 def _connect(
-    store: dist.Store, rank: int, invite: PipeInvite, device: torch.device, bind_ip: str, deadline: float
+    store: dist.Store,
+    rank: int,
+    invite: Mapping[str, Any],
+    device: torch.device,
+    bind_ip: str,
+    slots: tuple[int, int],
+    deadline: float,
 ) -> Pipe:
     """Makes this end of a pair once both ends are at the store."""
     pair_store = dist.PrefixStore(invite["pair"], store)
@@ -636,7 +529,7 @@ def _connect(
 
     group = _within(deadline, "connecting to the peer", make_group)
     nccl = invite["kind"] == "nccl"
-    pipe = NcclPipe(group, rank, device, invite["pair"][:8]) if nccl else TorchPipe(group, rank)
+    pipe = NcclPipe(group, rank, *slots, device, invite["pair"][:8]) if nccl else TorchPipe(group, rank, *slots)
     try:
         pipe._hello(deadline)
         if isinstance(pipe, NcclPipe):
@@ -649,47 +542,6 @@ def _connect(
 
 def _joined_key(pair: str) -> str:
     return f"{pair}/joined"
-
-
-def _checked_ip(ip: str) -> str:
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError as error:
-        raise ConfigError(f"{ip!r} is not an IP address") from error
-    if address.is_unspecified:
-        raise ConfigError(f"{ip} is every address of this machine; name the one that the peer can reach")
-    return ip
-
-
-def _checked_invite(invite: Any) -> PipeInvite:
-    """Raises ProtocolError or MismatchError unless every field is there, of its type and in range."""
-    if not isinstance(invite, dict):
-        raise ProtocolError(f"an invite must be a dict, not {type(invite).__name__}")
-    if invite.get("version") != PIPE_VERSION:
-        raise MismatchError("pipe.version", PIPE_VERSION, invite.get("version"))
-    for name, wanted in _INVITE_FIELDS.items():
-        if type(invite.get(name)) is not wanted:
-            raise ProtocolError(f"an invite's {name} must be {wanted.__name__}, not {invite.get(name)!r}")
-    if len(invite) > len(_INVITE_FIELDS):
-        raise ProtocolError(f"an invite has no {sorted(set(invite) - set(_INVITE_FIELDS), key=str)}")
-    try:
-        _checked_ip(invite["host"])
-    except ConfigError as error:
-        raise ProtocolError(f"an invite's host is not usable: {error}") from error
-    if not 0 < invite["port"] < 65536:
-        raise ProtocolError(f"an invite's port must be from 1 to 65535, not {invite['port']}")
-    if len(invite["pair"]) != 32 or set(invite["pair"]) - set("0123456789abcdef"):
-        raise ProtocolError("an invite's pair must be 32 hex digits")
-    if not 0 <= invite["max_ctas"] <= 64:
-        raise ProtocolError(f"an invite's max_ctas must be from 0 to 64, not {invite['max_ctas']}")
-    return PipeInvite(**invite)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """The current device is a thread's own, so a pipe, which any thread may use, needs the number."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _family(ip: str) -> socket.AddressFamily:

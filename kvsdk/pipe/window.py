@@ -44,7 +44,7 @@ def lay_open(layout: CacheLayout, addresses: np.ndarray, device: torch.device) -
     """
     window: dict[str, Any] = {
         "version": WINDOW_VERSION,
-        "host": _host(),
+        "host": this_host(),
         "num_blocks": layout.num_blocks,
         "strides": [[layer.block_stride, len(layer.segments), *_first_and_step(layer)] for layer in layout.layers],
     }
@@ -115,7 +115,7 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
         if window.get("process") != _PROCESS:
             raise WindowUnavailable("a CPU's memory can be read in place only within the process that it belongs to")
         return OpenWindow(layout, np.array([at for _, at in places], dtype=np.uint64), lambda: None)
-    if window.get("host") != _host():
+    if window.get("host") != this_host():
         raise WindowUnavailable("it is on another host")
     if window.get("process") == _PROCESS:
         raise WindowUnavailable("CUDA IPC does not open memory in the process that it belongs to")
@@ -235,7 +235,7 @@ def _check(good: bool, what: str) -> None:
 
 
 @functools.cache
-def _host() -> str:
+def this_host() -> str:
     """Names this boot of this host; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

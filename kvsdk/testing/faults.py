@@ -26,7 +26,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,6 +51,7 @@ from kvsdk.connector.interface import Keep
 from kvsdk.connectors.pynccl import PyNcclConnector, PyNcclScheduler, PyNcclWorker
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, PipeClosed, ProtocolError, TaskEnded
 from kvsdk.pipe import Pipe, PipeHost, PipeInvite
+from kvsdk.pipe.base import Drain, Fill
 
 logger = logging.getLogger("kvsdk.faults")
 
@@ -186,7 +187,7 @@ class FaultyPipe(Pipe):
     """
 
     def __init__(self, pipe: Pipe, plan: FaultPlan, name: str = "pipe"):
-        super().__init__()
+        super().__init__(pipe.num_slots, pipe.slot_bytes)
         self._pipe = pipe
         self._ways = {way: plan.source(f"{name}.{way}") for way in ("send", "recv")}
         self._duplicates = plan.rates.get("duplicate", 0) > 0
@@ -267,26 +268,22 @@ class FaultyPipe(Pipe):
             if self._duplicates:
                 self._last = data.clone()
 
-    def _send_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, fill: Callable[[int], None], deadline: float
-    ) -> None:
+    def _send_row(self, sizes: list[int], fill: Fill, deadline: float) -> None:
         def faulty(i: int, part: torch.Tensor) -> None:
             with self._in_row("send", part, deadline):
-                fill(i)
+                fill(i, part)
 
         with self._same_failure():
-            self._pipe.send_row([part.numel() for part in parts], _whole(parts, num_slots), faulty, deadline)
+            self._pipe.send_row(sizes, faulty, deadline)
 
-    def _recv_row(
-        self, parts: Sequence[torch.Tensor], num_slots: int, drain: Callable[[int], None], deadline: float
-    ) -> None:
-        def faulty(i: int, part: torch.Tensor) -> None:
+    def _recv_row(self, sizes: list[int], drain: Drain, deadline: float) -> None:
+        def faulty(i: int, part: torch.Tensor) -> Callable[[], None] | None:
             with self._in_row("recv", part, deadline):
                 pass
-            drain(i)
+            return drain(i, part)
 
         with self._same_failure():
-            self._pipe.recv_row([part.numel() for part in parts], _whole(parts, num_slots), faulty, deadline)
+            self._pipe.recv_row(sizes, faulty, deadline)
 
     @contextlib.contextmanager
     def _in_row(self, way: str, part: torch.Tensor, deadline: float) -> Iterator[None]:
@@ -340,11 +337,6 @@ class FaultyPipe(Pipe):
             raise self._fail(error)  # noqa: B904 - it is the same error, or the first one
 
 
-def _whole(parts: Sequence[torch.Tensor], num_slots: int) -> list[torch.Tensor]:
-    """Slots from the parts of them that messages take: of each, the longest."""
-    return [max(parts[i::num_slots], key=torch.Tensor.numel) for i in range(min(num_slots, len(parts)))]
-
-
 class FaultyPipeHost:
     """A `PipeHost` whose pipes are `FaultyPipe`s."""
 
@@ -354,8 +346,8 @@ class FaultyPipeHost:
     def prepare(self) -> PipeInvite:
         return self._host.prepare()
 
-    def accept(self, invite: PipeInvite, deadline: float) -> Pipe:
-        return FaultyPipe(self._host.accept(invite, deadline), self._plan, self._name)
+    def accept(self, invite: PipeInvite, deadline: float, wanted: Callable[[], None] | None = None) -> Pipe:
+        return FaultyPipe(self._host.accept(invite, deadline, wanted), self._plan, self._name)
 
     def discard(self, invite: PipeInvite) -> None:
         self._host.discard(invite)
@@ -686,8 +678,8 @@ class _FaultyLookups:
 class _FaultyPairs:
     """The pipes of a `PyNcclWorker`."""
 
-    def make_host(self) -> FaultyPipeHost:
-        return FaultyPipeHost(super().make_host(), self.fault_plan)
+    def make_host(self, kind: str) -> FaultyPipeHost:
+        return FaultyPipeHost(super().make_host(kind), self.fault_plan)
 
     def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
         return FaultyPipe(super().join(invite, bind_ip, deadline), self.fault_plan)

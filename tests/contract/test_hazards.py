@@ -3,7 +3,9 @@ owners of a block.
 """
 
 import collections
+import errno
 import logging
+import mmap
 import os
 import signal
 import subprocess
@@ -29,8 +31,7 @@ from kvsdk.connectors.pynccl.serving import Offers
 from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, TaskEnded
-from kvsdk.kernels import BlockStore
-from kvsdk.pipe.torch_pipe import TorchPipe
+from kvsdk.pipe import Pipe
 
 __all__ = ["pair"]
 
@@ -275,17 +276,21 @@ def test_a_request_preempted_while_its_last_token_is_under_way_is_offered_whole(
     at_rest(p)
 
 
-def test_memory_that_runs_out_while_receiving_fails_the_load(pair, monkeypatch):
-    p, d = pair()
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_memory_that_runs_out_while_receiving_fails_the_load(pair, monkeypatch, kind):
+    p, d = pair(extra={"pipe": kind})
     prefill(p, "a", prompt(100))
-    staging = BlockStore.staging
 
-    def full(self, num_blocks):
-        if threading.current_thread().name.startswith("kvsdk-fetch"):
-            raise MemoryError("no memory for staging")
-        return staging(self, num_blocks)
+    def out_of_memory(error, whole):
+        def call(*args):
+            if threading.current_thread().name.startswith("kvsdk-fetch"):
+                raise error
+            return whole(*args)
 
-    monkeypatch.setattr(BlockStore, "staging", full)
+        return call
+
+    monkeypatch.setattr(mmap, "mmap", out_of_memory(OSError(errno.ENOMEM, "no memory to map"), mmap.mmap))
+    monkeypatch.setattr(Pipe, "_new_slot", out_of_memory(MemoryError("no memory for slots"), Pipe._new_slot))
     assert decode(d, "b", prompt(100), others=[p]) == 0
     assert d.stats["loads_failed"] == 1
     at_rest(p, d)
@@ -300,7 +305,8 @@ def test_a_producer_that_is_not_read_from_any_more_costs_neither_thread_nor_memo
         assert decode(d, f"b{i}", prompt(100, i), others=[p]) == 99
         (fetcher,) = worker_half(d)._fetchers.values()
         fetcher._thread.join(5)
-        assert not fetcher._thread.is_alive() and not fetcher._slots
+        assert not fetcher._thread.is_alive() and fetcher._pipe is None
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvsdk-write")]
         run_all(p, d, until=lambda: worker_half(p)._server.num_pairs == 0, seconds=5)
     at_rest(p, d)
 
@@ -494,7 +500,7 @@ def test_an_exception_in_a_thread_reaches_the_request_and_the_log(pair, monkeypa
         return whole(*args)
 
     monkeypatch.setattr(owner, name, broken)
-    p, d = pair()
+    p, d = pair(extra={"pipe": "gloo"})  # the last that there is, so nothing else is tried after it
     prefill(p, "a", prompt(100))
     with caplog.at_level(logging.WARNING):
         assert decode(d, "b", prompt(100), others=[p]) == 0
@@ -508,18 +514,18 @@ def test_an_exception_in_a_thread_reaches_the_request_and_the_log(pair, monkeypa
 
 def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
     sent = collections.Counter()
-    control, data = Channel.send, TorchPipe._begin
+    control, row = Channel.send, Pipe.send_row
 
     def count_control(self, kind, **fields):
         sent[kind] += 1
         control(self, kind, **fields)
 
-    def count_data(self, tensor, sender, deadline):
-        sent["tensor"] += sender == self._rank
-        return data(self, tensor, sender, deadline)
+    def count_data(self, sizes, fill, deadline):
+        sent["tensor"] += len(sizes)
+        row(self, sizes, fill, deadline)
 
     monkeypatch.setattr(Channel, "send", count_control)
-    monkeypatch.setattr(TorchPipe, "_begin", count_data)
+    monkeypatch.setattr(Pipe, "send_row", count_data)
     counts = []
     for layers, tokens in ((1, 20), (7, 600)):
         p, d = pair(layers=layers)

@@ -1,4 +1,4 @@
-"""PyNcclConnector between vLLM's real schedulers, over real ZMQ and real gloo; both servers live in this process."""
+"""PyNcclConnector between vLLM's real schedulers, over real ZMQ and real pipes; both servers live in this process."""
 
 import logging
 import time
@@ -93,6 +93,21 @@ def test_a_prompt_comes_over_whole(pair, n, by):
     loaded = decode(d, "cmpl-b-1-uvw", prompt(n), others=[p], params=params if by == "params" else None)
     assert loaded == n - 1  # vLLM computes the last token again, to sample from it
     at_rest(p, d)
+
+
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+def test_prompts_come_over_whichever_pipe_carries_them(pair, kind):
+    """Many messages and several rows of them."""
+    p, d = pair(layers=2, extra={"pipe": kind, "staging_bytes": 1})
+    for i in range(3):
+        prefill(p, f"a{i}", prompt(333, i))
+        assert decode(d, f"b{i}", prompt(333, i), others=[p]) == 332
+    assert worker_kinds(d) == {kind}
+    at_rest(p, d)
+
+
+def worker_kinds(engine):
+    return {fetcher._pipe.kind for fetcher in engine.workers[0].connector._half._fetchers.values()}
 
 
 def test_a_one_token_prompt_is_computed_where_it_is_asked(pair):
@@ -259,14 +274,14 @@ class Flipped:
     def __init__(self, pipe, times):
         self._pipe, self._times = pipe, times
 
-    def recv_row(self, sizes, slots, drain, deadline):
+    def recv_row(self, sizes, drain, deadline):
         def flip(i, part):
             if self._times:
                 self._times.pop()
                 part[part.numel() // 3] ^= 4
-            drain(i, part)
+            return drain(i, part)
 
-        self._pipe.recv_row(sizes, slots, flip, deadline)
+        self._pipe.recv_row(sizes, flip, deadline)
 
     def __getattr__(self, name):
         return getattr(self._pipe, name)
@@ -313,7 +328,7 @@ def test_blocks_written_again_while_they_are_read_do_not_count(pair, monkeypatch
     prefill(p, "a", prompt(100))
     p.step()  # the worker hears of the offer
     store = type(p.workers[0].connector._half._store)
-    gather = store.gather_digest
+    gather = store.gather
     gathered = []
 
     def slow(self, block_ids, *args):
@@ -325,7 +340,7 @@ def test_blocks_written_again_while_they_are_read_do_not_count(pair, monkeypatch
         gather(self, block_ids, *args)
         gathered.append(len(block_ids))
 
-    monkeypatch.setattr(store, "gather_digest", slow)
+    monkeypatch.setattr(store, "gather", slow)
     assert decode(d, "b", prompt(100)) == 0
     assert gathered == [7] and d.stats["loads_failed"] == 1
 

@@ -1,6 +1,6 @@
 """Random KV between the worker halves of two `PyNcclConnector`s, a process each, without vLLM and without a model.
 
-`KVSDK_TEST_DEVICES=cpu,cpu` runs it over gloo, which shows that the test works and nothing about GPUs.
+`KVSDK_TEST_DEVICES=cpu,cpu` runs it over shared memory and gloo, which shows nothing about GPUs.
 """
 
 import json
@@ -160,7 +160,7 @@ from support.ends import Worker  # noqa: E402
 FOUND = len(DEVICES) if "cpu" in DEVICES[0] else torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(FOUND < 2, reason=f"needs 2 CUDA devices, and {FOUND} are here")]
 POOL = 600
-KINDS = ["gloo"] if DEVICES[0] == "cpu" else ["nccl", "peer"]
+KINDS = ["shm", "gloo"] if DEVICES[0] == "cpu" else ["nccl", "peer"]
 
 
 @pytest.fixture(params=KINDS)

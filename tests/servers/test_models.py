@@ -1,4 +1,4 @@
-"""Other shapes of KV cache: multi-head latent attention, and tensor parallelism, both on CPUs over gloo."""
+"""Other shapes of KV cache: multi-head latent attention, and tensor parallelism, both on CPUs."""
 
 from __future__ import annotations
 

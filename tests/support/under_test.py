@@ -19,13 +19,13 @@ class _FlippingPipe:
     def __init__(self, pipe):
         self._pipe = pipe
 
-    def recv_row(self, sizes, slots, drain, deadline):
+    def recv_row(self, sizes, drain, deadline):
         def flip(i, part):
             # The high byte of a float, sign excepted: of about 1 it makes about 100, which no attention overlooks.
             part[part.numel() // 3 | 3] ^= 0x7E
-            drain(i, part)
+            return drain(i, part)
 
-        self._pipe.recv_row(sizes, slots, flip, deadline)
+        self._pipe.recv_row(sizes, flip, deadline)
 
     def __getattr__(self, name):
         return getattr(self._pipe, name)

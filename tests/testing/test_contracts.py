@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 import weakref
@@ -40,18 +41,20 @@ def clogged_in_process_pair():
     return a, b
 
 
-def gloo_pair():
-    host = PipeHost("gloo", "127.0.0.1", "cpu")
+def pair_of_kind(kind):
+    host = PipeHost(kind, "127.0.0.1", "cpu")
     invite = host.prepare()
     with ThreadPoolExecutor(1) as threads:
         consumer = threads.submit(join, invite, "cpu", "127.0.0.1", time.monotonic() + 20)
         return host.accept(invite, time.monotonic() + 20), consumer.result()
 
 
+gloo_pair, shm_pair = (functools.partial(pair_of_kind, kind) for kind in ("gloo", "shm"))
 PIPES = {
     "in-process": (in_process_pair, clogged_in_process_pair),
     "lockstep": (lockstep_pair, lockstep_pair),
     "gloo": (gloo_pair, gloo_pair),
+    "shm": (shm_pair, shm_pair),
 }
 
 
@@ -275,37 +278,48 @@ def clogged_pair(kind):
 
 
 class FillsSlotsBeforeTheyWereSent(InProcessPipe):
-    def _send_row(self, parts, num_slots, fill, deadline):
-        for i in range(len(parts)):
-            fill(i)
+    def _send_row(self, sizes, fill, deadline):
+        parts = self._parts("send", sizes)
+        for i, part in enumerate(parts):
+            fill(i, part)
         for part in parts:
             self._send(part, deadline)
 
 
 class DrainsInAnyOrder(InProcessPipe):
-    def _recv_row(self, parts, num_slots, drain, deadline):
-        for i in range(len(parts)):
-            self._recv(parts[i], deadline)
-        for i in range(len(parts)):
-            drain(i)
+    def _recv_row(self, sizes, drain, deadline):
+        parts = self._parts("recv", sizes)
+        for part in parts:
+            self._recv(part, deadline)
+        for i, part in enumerate(parts):
+            drain(i, part)
+
+
+class WaitsForDrainsAtTheEnd(InProcessPipe):
+    def _recv_row(self, sizes, drain, deadline):
+        waits = []
+        super()._recv_row(sizes, lambda i, part: waits.append(drain(i, part)), deadline)
+        for wait in filter(None, waits):
+            wait()
 
 
 class SwallowsWhatFillRaises(InProcessPipe):
-    def _send_row(self, parts, num_slots, fill, deadline):
+    def _send_row(self, sizes, fill, deadline):
         with contextlib.suppress(Exception):
-            super()._send_row(parts, num_slots, fill, deadline)
+            super()._send_row(sizes, fill, deadline)
 
 
 class TakesAnyRow(InProcessPipe):
-    def send_row(self, sizes, slots, fill, deadline):
+    def send_row(self, sizes, fill, deadline):
         with contextlib.suppress(ValueError):
-            super().send_row(sizes, slots, fill, deadline)
+            super().send_row(sizes, fill, deadline)
 
 
 BROKEN_PIPES = {
+    WaitsForDrainsAtTheEnd: "a message that drain leaves to others",
     FillsSlotsBeforeTheyWereSent: "a row arrives whole",
     DrainsInAnyOrder: "a row arrives whole",
-    SwallowsWhatFillRaises: "what fill or drain raises",
+    SwallowsWhatFillRaises: "what fill, drain or what it left raises",
     TakesAnyRow: "messages that do not fit",
     CutsSilently: "a tensor of another size",
     SaysNothingOfAnotherSize: "a tensor of another size",

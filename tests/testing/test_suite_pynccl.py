@@ -1,4 +1,4 @@
-"""PyNcclConnector over gloo passes the suite, each engine in a process of its own."""
+"""PyNcclConnector over shared memory passes the suite, each engine in a process of its own."""
 
 import pathlib
 
@@ -18,14 +18,14 @@ class Worker(PyNcclWorker):
         asked = pathlib.Path(self.context.options.extra["folder"], "damage")
         receive = pipe.recv_row
 
-        def recv_row(sizes, slots, drain, deadline):
+        def recv_row(sizes, drain, deadline):
             def damage(i, part):
                 if asked.exists():
                     asked.unlink()
                     part[-1] ^= 1
-                drain(i, part)
+                return drain(i, part)
 
-            receive(sizes, slots, damage, deadline)
+            receive(sizes, damage, deadline)
 
         pipe.recv_row = recv_row
         return pipe

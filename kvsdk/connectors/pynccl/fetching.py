@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, chunk_blocks, cut
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerCache
@@ -32,6 +33,9 @@ PART_WAIT = 0.004
 
 OFFER_TIMEOUT = 10.0
 """Seconds for the producer's worker to hear of an offer: it does in its next step, and steps may be long."""
+
+WRITERS = 2
+"""Threads that digest and write what one producer sends, on a CPU: one chunk is digested while another is written."""
 
 IDLE_SECONDS = 120.0
 """A pair that loads nothing for so long is closed, with its memory and its thread; the next load opens a new one."""
@@ -109,7 +113,9 @@ class Fetcher:
         self._window: OpenWindow | None = None
         self._peer: PeerCache | None = None
         self._channel: Channel | None = None
-        self._slots: list[torch.Tensor] = []
+        self._wrong = store.new_wrong(self._room)
+        # On a CPU, where a thread that digests and writes is slower than what feeds it.
+        self._writers = ThreadPoolExecutor(WRITERS, "kvsdk-write") if store.device.type == "cpu" else None
         self._read_id = 0
         self._thread = threading.Thread(target=self._run, name=f"kvsdk-fetch-{address}", daemon=True)
         self._thread.start()
@@ -143,7 +149,8 @@ class Fetcher:
         finally:
             self._end()
             self._disconnect()
-            self._slots = []
+            if self._writers is not None:
+                self._writers.shutdown()
             self._fail_queued(reason)
 
     def _end(self, *, only_if_idle: bool = False) -> bool:
@@ -214,7 +221,7 @@ class Fetcher:
                 if len(self._kinds) == 1:
                     raise
                 del self._kinds[0]
-                logger.info("%s is read over %s, not in place: %s", self.address, self._kinds[0], error)
+                logger.info("%s is read over %s, not over %s: %s", self.address, self._kinds[0], kind, error)
         if self._stop.is_set():
             raise KVError("the worker closes")
         logger.info("paired with %s over %s in %.0f ms", self.address, kind, (time.monotonic() - began) * 1e3)
@@ -228,7 +235,7 @@ class Fetcher:
             opening.close()
         if answer == "refused":
             reason = f"{self.address} refused to pair: {fields['reason']}"
-            raise WindowUnavailable(reason) if kind == "peer" else KVError(reason)
+            raise WindowUnavailable(reason) if kind in ("peer", "shm") else KVError(reason)
         if answer != "invited":
             raise ProtocolError(f"{self.address} answered {answer}")
         if not 0 < fields["chunk"] <= self._room:
@@ -283,10 +290,10 @@ class Fetcher:
             task.done()
         return False
 
-    def _damaged(self, read: _Read, wrong: np.ndarray) -> None:
-        """Of the part that begins at `read.received`, these blocks do not match their digests."""
+    def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
+        """These of the blocks from `start` on do not match their digests."""
         if len(wrong):
-            read.bad.append(wrong + read.received)
+            read.bad.append(wrong + start)
             self._counters.add("corrupt_blocks", len(wrong))
 
     # ---- a window
@@ -317,7 +324,7 @@ class Fetcher:
         elif kind != "stands":
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
         else:
-            self._damaged(read, wrong)
+            self._damaged(read, read.received, wrong)
             read.received += count
 
     def _pull(self, task: LoadTask, start: int, ids: np.ndarray, digests: bytes) -> np.ndarray:
@@ -345,9 +352,6 @@ class Fetcher:
         end = read.received + fields.get("count", 0)
         if kind != "part" or not read.received < end <= read.total:
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        if not self._slots:
-            self._slots = [self._store.staging(self._room) for _ in range(SLOTS)]
-            self._wrong = self._store.new_wrong(self._room)
         while read.reason is None and read.received < end:
             kind, fields = self._hear(read.task)
             if kind == "failed":
@@ -357,7 +361,7 @@ class Fetcher:
             if kind != "row" or not 0 < count <= min(ROW_CHUNKS * self._chunk, end - read.received):
                 raise ProtocolError(f"{self.address} sent {kind} out of turn")
             sizes = [self._store.staging_bytes(n) for n in cut(count, self._chunk)]
-            self._pipe.recv_row(sizes, self._slots, functools.partial(self._drain, read), read.task.deadline)
+            self._pipe.recv_row(sizes, functools.partial(self._drain, read), read.task.deadline)
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
@@ -366,45 +370,68 @@ class Fetcher:
             raise ProtocolError(f"{self.address} sent {kind} of another read")
         return kind, fields
 
-    def _drain(self, read: _Read, i: int, part: torch.Tensor) -> None:
-        """Take one message of a row."""
+    def _drain(self, read: _Read, i: int, part: torch.Tensor) -> Callable[[], None] | None:
+        """Take one message of a row; returns what waits until it was written."""
         assert self._channel is not None
         if read.reason is not None:
-            return
+            return None
         kind, fields = self._hear(read.task)
         if kind == "failed":
             read.reason = KVError(f"{self.address}: {fields['reason']}")
-            return
+            return None
         if kind != "chunk":
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        n = part.numel() // self._store.staging_bytes(1)
-        if not read.stopped:
-            try:
-                wrong = self._write(read.task, read.received, n, part, fields["digests"])
-            except TaskEnded:
-                self._channel.send("stop", read_id=self._read_id)
-                read.stopped = True
-            else:
-                self._damaged(read, wrong)
+        n, start = part.numel() // self._store.staging_bytes(1), read.received
         read.received += n
+        if read.stopped:
+            return None
+        expected = None
+        if self._verify:
+            if len(fields["digests"]) != 8 * n:
+                raise ProtocolError(f"{self.address} sent {len(fields['digests'])} bytes of digests for {n} blocks")
+            expected = np.frombuffer(fields["digests"], "<u8").astype(np.uint64)
+        if self._writers is None:
+            self._written(read, start, functools.partial(self._write, read.task, start, n, part, expected))
+            return None
+        writing = self._writers.submit(self._write, read.task, start, n, part, expected)
+        return functools.partial(self._written, read, start, writing.result)
 
-    def _write(self, task: LoadTask, start: int, n: int, part: torch.Tensor, digests: bytes) -> np.ndarray:
+    def _written(self, read: _Read, start: int, write: Callable[[], np.ndarray]) -> None:
+        """Note what came of a chunk."""
+        assert self._channel is not None
+        try:
+            wrong = write()
+        except TaskEnded:
+            if not read.stopped:
+                self._channel.send("stop", read_id=self._read_id)
+            read.stopped = True
+        else:
+            self._damaged(read, start, wrong)
+
+    def _write(self, task: LoadTask, start: int, n: int, part: torch.Tensor, expected: np.ndarray | None) -> np.ndarray:
         """Write what is right of a chunk into the KV cache; returns the indices of what is not."""
-        block_ids = task.blocks[0][start : start + n]
-        first = task.first_block + start
-        if self._verify and len(digests) != 8 * n:
-            raise ProtocolError(f"{self.address} sent {len(digests)} bytes of digests for {n} blocks")
-        with task.using():
-            if task.fence is not None:
-                torch.cuda.current_stream().wait_event(task.fence)
-            if self._verify:
-                expected = np.frombuffer(digests, "<u8").astype(np.uint64)
-                self._store.scatter_verified(block_ids, np.arange(first, first + n), part, expected, self._wrong[:n])
-            else:
-                self._store.scatter(block_ids, part)
-            if part.is_cuda:
+        block_ids, wrong = task.blocks[0][start : start + n], np.empty(0, np.int64)
+        positions = np.arange(task.first_block + start, task.first_block + start + n)
+        if self._store.device.type == "cuda":
+            with task.using():
+                if task.fence is not None:
+                    torch.cuda.current_stream().wait_event(task.fence)
+                if expected is None:
+                    self._store.scatter(block_ids, part)
+                else:
+                    told = self._wrong[:n]
+                    self._store.scatter_verified(block_ids, positions, part, expected, told)
                 torch.cuda.current_stream().synchronize()
-        return np.flatnonzero(self._wrong[:n].numpy()) if self._verify else np.empty(0, np.int64)
+            return wrong if expected is None else np.flatnonzero(told.numpy())
+        # Digested before the task is in use, so that one chunk is digested while another one is written.
+        right = None
+        if expected is not None:
+            same = self._store.digest(part, n, positions) == expected
+            wrong = np.flatnonzero(~same)
+            right = np.flatnonzero(same) if len(wrong) else None
+        with task.using():
+            self._store.scatter(block_ids, part, right)
+        return wrong
 
     def _disconnect(self) -> None:
         channel, pipe, window = self._channel, self._pipe, self._window

@@ -12,6 +12,7 @@ from typing import Any
 from kvsdk.buffer.wire import Field, Wire
 from kvsdk.errors import ConfigError, MismatchError
 from kvsdk.layout import check_same
+from kvsdk.pipe import SLOTS
 
 _ID = Field(str, limit=64)
 
@@ -58,9 +59,6 @@ COMPARED = ("protocol", "model", "parallel", "layout", "digest")
 """What must be equal on two servers, in the order in which a difference is named."""
 
 NO_DIGEST = "off"
-
-SLOTS = 3
-"""Messages of a pair that staging memory holds: one is filled or drained, one is on its way, one is ready."""
 
 ROW_CHUNKS = 16
 """Most messages of a row: how much is sent on after a read has failed, and what is enqueued at once."""

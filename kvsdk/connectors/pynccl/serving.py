@@ -19,7 +19,7 @@ import zmq
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Channel, zmq_context
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, SLOTS, WORKER_WIRE, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, WORKER_WIRE, chunk_blocks, cut
 from kvsdk.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -42,6 +42,9 @@ LONGEST_WAIT = 1.0
 
 MAX_PAIRS = 256
 """Most pairs at a time, those included that are being made: strangers can ask for them."""
+
+DIGEST_BYTES = 32 << 20
+"""What is digested before it is told: a read need not wait for more."""
 
 _ENDED_REMEMBERED = 1024
 
@@ -85,7 +88,8 @@ class _Offer:
     Attributes:
         num_blocks: of the whole prompt.
         block_ids: of those that are computed, or will be behind a fence; in the prompt's order.
-        digests: uint64, of the first of them.
+        digests: uint64, one for each block, of which the first `num_digested` were computed, while the offer stood.
+        failure: why there will be no more of them.
     """
 
     def __init__(self, num_blocks: int):
@@ -93,6 +97,9 @@ class _Offer:
         self.block_ids = np.zeros(0, np.int32)
         self.digests = np.zeros(0, np.uint64)
         self.standing = True
+        self.digests = np.empty(num_blocks, np.uint64)
+        self.num_digested = 0
+        self.failure: str | None = None
         self._fences: list[tuple[int, Any]] = []
 
     def grow(self, block_ids: np.ndarray, fence: Any) -> None:
@@ -135,26 +142,53 @@ class Offers:
             return offer
 
     def digested(self, offer: _Offer, digests: np.ndarray) -> None:
-        """The digests of the next blocks of an offer, computed while it stood."""
+        """The digests of an offer's next blocks. If it ended before, they may be of anything and are dropped."""
         with self._changed:
-            offer.digests = np.concatenate([offer.digests, digests])
+            if offer.standing:
+                first, offer.num_digested = offer.num_digested, offer.num_digested + len(digests)
+                offer.digests[first : offer.num_digested] = digests
+            self._changed.notify_all()
+
+    def not_digested(self, offer: _Offer, failure: str) -> None:
+        """An offer's blocks cannot be digested, so nobody can read them."""
+        with self._changed:
+            offer.failure = failure
             self._changed.notify_all()
 
     def ready(self, offer: _Offer, first: int, deadline: float, *, digested: bool) -> int:
         """Up to which block an offer can be read, once it is more than `first` or the deadline has passed.
 
         Raises:
-            KVError: the offer has ended.
+            KVError: the offer has ended, or its blocks cannot be digested.
         """
         with self._changed:
             while True:
                 if not offer.standing or self._closed:
                     raise KVError("the offer has ended")
-                ready = len(offer.digests if digested else offer.block_ids)
+                if digested and offer.failure is not None:
+                    raise KVError(offer.failure)
+                ready = offer.num_digested if digested else len(offer.block_ids)
                 remaining = deadline - time.monotonic()
                 if ready > first or remaining <= 0:
                     return ready
                 self._changed.wait(remaining)
+
+    def digests(self, offer: _Offer, first: int, count: int, deadline: float) -> np.ndarray:
+        """Digests of `count` of an offer's blocks; waits for them.
+
+        Raises:
+            KVError: they were not there by the deadline, or there will be none.
+        """
+        with self._changed:
+            while offer.num_digested < first + count:
+                if not offer.standing or self._closed:
+                    raise KVError("the offer has ended")
+                if offer.failure is not None:
+                    raise KVError(offer.failure)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._changed.wait(remaining):
+                    raise KVError("its blocks were not digested in time")
+            return offer.digests[first : first + count]
 
     def end(self, transfer_id: str) -> None:
         """After this returns, `still` is false for the offer, whatever was read from its blocks."""
@@ -220,7 +254,7 @@ class WorkerServer:
         offers: Offers,
         *,
         kinds: Sequence[str],
-        make_host: Callable[[], PipeHost],
+        make_host: Callable[[str], PipeHost],
         bind_ip: str,
         staging_bytes: int,
         streams: Streams,
@@ -297,8 +331,11 @@ class WorkerServer:
             self._start(None, self._serve_window, channel, timeout)
             return WORKER_WIRE.encode("invited", invite=window, control=channel.address, chunk=1)
         chunk = min(self._chunk, fields["chunk"])
-        host = self._make_host()
-        invite = host.prepare()
+        host = self._make_host(fields["pipe"])
+        try:
+            invite = host.prepare()
+        except WindowUnavailable as error:
+            return WORKER_WIRE.encode("refused", reason=str(error)[:1000])
         channel = Channel(bind_ip=self._bind_ip)
         self._start(host, self._serve, host, invite, channel, chunk, timeout)
         return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
@@ -367,7 +404,7 @@ class WorkerServer:
         pipe: Pipe | None = None
         try:
             with _ends_of_pairs(self._stop):
-                pipe = host.accept(invite, time.monotonic() + timeout)
+                pipe = host.accept(invite, time.monotonic() + timeout, functools.partial(_check_wanted, channel))
                 with self._lock:
                     self._pipes.add(pipe)
                 logger.info("paired with a consumer over %s", pipe.kind)
@@ -384,8 +421,6 @@ class WorkerServer:
                 del self._pairs[threading.current_thread()]
 
     def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
-        slots = [self._store.staging(chunk) for _ in range(SLOTS)]
-        digests = self._store.new_digests(chunk)
         while not self._stop.is_set():
             if not channel.poll(0.5):
                 continue
@@ -393,9 +428,7 @@ class WorkerServer:
             if kind == "bye":
                 return
             if kind == "read":
-                _Read(self._store, self._offers, pipe, channel, slots, digests if self._verify else None).answer(
-                    fields, self._counters
-                )
+                _Read(self._store, self._offers, pipe, channel, chunk, self._verify).answer(fields, self._counters)
             elif kind != "stop":  # a stop that came after the last chunk
                 raise ProtocolError(f"{kind} on a pair's channel")
 
@@ -416,6 +449,12 @@ class WorkerServer:
                 host.close()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _check_wanted(channel: Channel) -> None:
+    """Raises PeerGone once the consumer has given a pair up that is being made."""
+    if channel.poll(0) and channel.recv(time.monotonic() + 1.0)[0] == "bye":
+        raise PeerGone("it gave the pair up before it was made")
 
 
 @contextlib.contextmanager
@@ -458,13 +497,15 @@ def find_part(offers: Offers, channel: Channel, fields: dict[str, Any], *, diges
 class Digester:
     """Digests the blocks of offers where they lie, in a thread and on a stream of its own.
 
-    So a consumer that reads them in place need not wait for digests, and what is written over an offer's blocks later
-    does not match. The blocks are complete behind their fence.
+    So no consumer waits for more than what is left of that when it reads; and the digest is one of the blocks as they
+    were offered, whatever carries them: what is written over an offer's blocks later, and what goes wrong when they are
+    gathered, does not match. The blocks are complete behind their fence.
     """
 
     def __init__(self, store: BlockStore, offers: Offers, streams: Streams):
         self._store, self._offers, self._streams = store, offers, streams
         self._queue: queue.SimpleQueue[tuple[_Offer, int, np.ndarray, Any] | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvsdk-digest", daemon=True)
         self._thread.start()
 
@@ -473,25 +514,31 @@ class Digester:
         self._queue.put((offer, first, block_ids, fence))
 
     def _run(self) -> None:
-        try:
-            with self._streams.own():
-                while (part := self._queue.get()) is not None:
-                    if self._offers.still(part[0]):
-                        self._digest(*part)
-        except Exception:
-            logger.exception("blocks are no longer digested; reads of this worker's memory fail")
+        with self._streams.own():
+            while (part := self._queue.get()) is not None:
+                try:
+                    self._digest(*part)
+                except Exception as error:
+                    logger.exception("the blocks of an offer could not be digested; reads of it fail")
+                    self._offers.not_digested(part[0], f"its blocks could not be digested: {type(error).__name__}")
 
     def _digest(self, offer: _Offer, first: int, block_ids: np.ndarray, fence: Any) -> None:
-        count = len(block_ids)
-        digests = self._store.new_digests(count)
+        count, piece = len(block_ids), max(1, DIGEST_BYTES // self._store.staging_bytes(1))
+        digests = self._store.new_digests(min(count, piece))
         if fence is not None:
             torch.cuda.current_stream().wait_event(fence)
-        self._store.digest_in_place(block_ids, np.arange(first, first + count), digests)
-        if self._store.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        self._offers.digested(offer, digests.numpy().view(np.uint64))
+        for start in range(0, count, piece):
+            if self._stop.is_set() or not self._offers.still(offer):
+                return
+            ids = block_ids[start : start + piece]
+            positions = np.arange(first + start, first + start + len(ids))
+            self._store.digest_in_place(ids, positions, digests[: len(ids)])
+            if self._store.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+            self._offers.digested(offer, digests[: len(ids)].numpy().view(np.uint64))
 
     def close(self, deadline: float) -> None:
+        self._stop.set()
         self._queue.put(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -500,22 +547,13 @@ class _Read:
     """One consumer's read of an offer's blocks.
 
     Args:
-        slots: staging memory, each for as many blocks as a message has.
-        digests: int64, for as many blocks; None if nothing is to be digested.
+        chunk: most blocks of a message.
+        verify: whether digests go with them.
     """
 
-    def __init__(
-        self,
-        store: BlockStore,
-        offers: Offers,
-        pipe: Pipe,
-        channel: Channel,
-        slots: list[torch.Tensor],
-        digests: torch.Tensor | None,
-    ):
+    def __init__(self, store: BlockStore, offers: Offers, pipe: Pipe, channel: Channel, chunk: int, verify: bool):
         self._store, self._offers, self._pipe, self._channel = store, offers, pipe, channel
-        self._slots, self._digests = slots, digests
-        self._chunk = slots[0].numel() // store.staging_bytes(1)
+        self._chunk, self._verify = chunk, verify
         self._failed = False
 
     def answer(self, fields: dict[str, Any], counters: Counters) -> None:
@@ -535,7 +573,7 @@ class _Read:
             row = cut(min(ROW_CHUNKS * self._chunk, first + count - start), self._chunk)
             self._channel.send("row", read_id=self._read_id, count=sum(row))
             sizes = [self._store.staging_bytes(n) for n in row]
-            self._pipe.send_row(sizes, self._slots, functools.partial(self._fill, offer, start), self._deadline)
+            self._pipe.send_row(sizes, functools.partial(self._fill, offer, start), self._deadline)
             counters.add("sent_bytes", sum(sizes))
 
     def _fill(self, offer: _Offer, start: int, i: int, part: torch.Tensor) -> None:
@@ -543,16 +581,16 @@ class _Read:
             return
         n = part.numel() // self._store.staging_bytes(1)
         first = start + i * self._chunk
-        ids = offer.block_ids[first : first + n]
+        self._store.gather(offer.block_ids[first : first + n], part)
         told = b""
-        if self._digests is None:
-            self._store.gather(ids, part)
-        else:
-            self._store.gather_digest(ids, np.arange(first, first + n), part, self._digests[:n])
+        if self._verify:
+            try:
+                told = self._offers.digests(offer, first, n, self._deadline).astype("<u8").tobytes()
+            except KVError as error:
+                self._fail(str(error))
+                return
         if part.is_cuda:
             torch.cuda.current_stream().synchronize()
-        if self._digests is not None:
-            told = self._digests[:n].numpy().view(np.uint64).astype("<u8").tobytes()
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
         # `Offers.end`.
         if not self._offers.still(offer):

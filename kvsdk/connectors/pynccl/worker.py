@@ -12,7 +12,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, ProducerWorker
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
-from kvsdk.connectors.pynccl.protocol import Source, bind_address
+from kvsdk.connectors.pynccl.protocol import SLOTS, Source, bind_address, chunk_blocks
 from kvsdk.connectors.pynccl.serving import Digester, Offers, Streams, WorkerServer
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
@@ -40,9 +40,10 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._streams = Streams(self._device)
         self._kinds = choose(options.pipe, self._device.type)
         prepare_process(self._device.type)
+        self._slot_bytes = self._store.staging_bytes(chunk_blocks(options.staging_bytes, layout.block_bytes))
         logger.info("moves KV blocks over %s (%s)", " or ".join(self._kinds), self._device)
         if options.produces:
-            if "peer" in self._kinds and options.verify:
+            if options.verify:
                 self._digester = Digester(self._store, self._offers, self._streams)
             self._server = WorkerServer(
                 self._store,
@@ -56,15 +57,21 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 counters=self._counters,
             )
 
-    def make_host(self) -> PipeHost:
+    def make_host(self, kind: str) -> PipeHost:
         """The producer's end of a new pair."""
         options = self.context.options
-        (kind,) = (kind for kind in self._kinds if kind != "peer")
-        return PipeHost(kind, bind_address(options.kv_ip), self._device, max_ctas=options.nccl_max_ctas)
+        return PipeHost(
+            kind,
+            bind_address(options.kv_ip),
+            self._device,
+            max_ctas=options.nccl_max_ctas,
+            num_slots=SLOTS,
+            slot_bytes=self._slot_bytes,
+        )
 
     def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
         """The consumer's end of a pair."""
-        return join(invite, self._device, bind_ip, deadline)
+        return join(invite, self._device, bind_ip, deadline, num_slots=SLOTS, slot_bytes=self._slot_bytes)
 
     def handshake(self) -> dict[str, Any]:
         return {

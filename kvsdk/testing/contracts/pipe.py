@@ -37,7 +37,7 @@ def check_pipe(
     A call that never comes back is left in its thread, which ends with the process.
 
     Args:
-        make_pair: returns two connected ends that nothing was sent over.
+        make_pair: returns two connected ends that nothing was sent over, with slots of 70,000 bytes or more.
         make_clogged_pair: returns two connected ends of which the first one's `send` waits, of a tensor of 8 bytes, as
             long as the second does not receive. Without it nothing is checked of sends that wait.
         device: where the pipe's tensors are.
@@ -109,20 +109,26 @@ class _Pipes:
         sent.result()
         demand(torch.equal(got, tensor.reshape(-1).view(torch.uint8)), f"{got.numel()} bytes arrived changed")
 
-    def slots(self, count: int, nbytes: int) -> list[torch.Tensor]:
-        return [self.zeros(nbytes) for _ in range(count)]
-
-    def send_row(self, pipe: Pipe, sent: Sequence[torch.Tensor], slots: Sequence[torch.Tensor]) -> Call:
+    def send_row(self, pipe: Pipe, sent: Sequence[torch.Tensor]) -> Call:
         """Sends a row of tensors' bytes."""
-        sizes = [tensor.numel() for tensor in sent]
-        return self.start(pipe.send_row, sizes, slots, lambda i, part: part.copy_(sent[i]), self.far())
 
-    def recv_row(self, pipe: Pipe, sizes: Sequence[int], slots: Sequence[torch.Tensor]) -> Call:
-        """Receives a row; the call's result is a list of what came."""
+        def fill(i: int, part: torch.Tensor) -> None:
+            part.copy_(sent[i])
+
+        return self.start(pipe.send_row, [tensor.numel() for tensor in sent], fill, self.far())
+
+    def recv_row(self, pipe: Pipe, sizes: Sequence[int], later: bool = False) -> Call:
+        """Receives a row; the call's result is a list of what came. With `later` it is read when that is waited for."""
         came: list[torch.Tensor] = []
 
+        def drain(i: int, part: torch.Tensor) -> Callable[[], None] | None:
+            def read() -> None:
+                came.append(part.clone())
+
+            return read if later else read()
+
         def receive() -> list[torch.Tensor]:
-            pipe.recv_row(sizes, slots, lambda i, part: came.append(part.clone()), self.far())
+            pipe.recv_row(sizes, drain, self.far())
             return came
 
         return self.start(receive)
@@ -432,64 +438,71 @@ class _Given(Exception):
     """What a contract's own callback raises."""
 
 
-@_promise("a row arrives whole and in order, whatever the number of slots on either side")
+@_promise("a row arrives whole and in order, in both directions")
 def _(pipes: _Pipes) -> None:
+    _check_row(pipes, later=False)
+
+
+@_promise("a message that drain leaves to others stays as it is until they were waited for")
+def _(pipes: _Pipes) -> None:
+    _check_row(pipes, later=True)
+
+
+def _check_row(pipes: _Pipes, later: bool) -> None:
     sent = [pipes.random(nbytes, seed) for seed, nbytes in enumerate(_ROW)]
-    for ours, theirs in ((1, 1), (2, 3), (3, 1), (1, 2), (20, 2)):
-        with pipes.pair() as (a, b):
-            for _ in range(2):
-                sending = pipes.send_row(a, sent, pipes.slots(ours, 70_000))
-                came = pipes.recv_row(b, _ROW, pipes.slots(theirs, 70_000)).result()
-                sending.result()
-                demand(len(came) == len(sent), f"{len(came)} of {len(sent)} messages were drained")
-                for i, (got, tensor) in enumerate(zip(came, sent, strict=True)):
-                    demand(torch.equal(got, tensor), f"message {i} of a row over {ours} and {theirs} slots changed")
-            pipes.carries(b, a, pipes.random(10))
+    with pipes.pair() as (a, b):
+        for source, target in ((a, b), (a, b), (b, a)):
+            sending = pipes.send_row(source, sent)
+            came = pipes.recv_row(target, _ROW, later).result()
+            sending.result()
+            demand(len(came) == len(sent), f"{len(came)} of {len(sent)} messages were drained")
+            for i, (got, tensor) in enumerate(zip(came, sent, strict=True)):
+                demand(torch.equal(got, tensor), f"message {i} of a row changed")
+        pipes.carries(b, a, pipes.random(10))
 
 
 @_promise("a row of nothing takes its turn")
 def _(pipes: _Pipes) -> None:
     with pipes.pair() as (a, b):
-        sending = pipes.send_row(a, [], pipes.slots(1, 8))
-        demand(pipes.recv_row(b, [], pipes.slots(1, 8)).result() == [], "a message came")
+        sending = pipes.send_row(a, [])
+        demand(pipes.recv_row(b, []).result() == [], "a message came")
         sending.result()
         pipes.carries(a, b, pipes.random(10))
 
 
-@_promise("what fill or drain raises comes out, breaks the pipe, and ends the peer's row")
+@_promise("what fill, drain or what it left raises comes out, breaks the pipe, and ends the peer's row")
 def _(pipes: _Pipes) -> None:
+    def nothing(i: int, part: torch.Tensor) -> None:
+        pass
+
     def give_up(i: int, part: torch.Tensor) -> None:
         if i == 2:
             raise _Given
 
-    for fills in (True, False):
+    def give_up_later(i: int, part: torch.Tensor) -> Callable[[], None]:
+        return lambda: give_up(i, part)
+
+    for fill, drain in ((give_up, nothing), (nothing, give_up), (nothing, give_up_later)):
+        fills = fill is give_up
         with pipes.pair() as (a, b):
-            ends = [(a.send_row, give_up if fills else lambda i, part: None)]
-            ends.append((b.recv_row, (lambda i, part: None) if fills else give_up))
-            calls = [pipes.start(end, [8] * 50, pipes.slots(2, 8), work, pipes.far()) for end, work in ends]
+            calls = [
+                pipes.start(row, [8] * 50, work, pipes.far()) for row, work in ((a.send_row, fill), (b.recv_row, drain))
+            ]
             calls[0 if fills else 1].raises(_Given)
             demand((a if fills else b).broken, "the pipe is not broken")
             error = calls[1 if fills else 0].error()
             demand(fills is False or isinstance(error, PeerGone), f"the receiving end's row ended in {error!r}")
 
 
-@_promise("messages that do not fit their slots are refused with ValueError, and harm nothing")
+@_promise("messages that do not fit the slots are refused with ValueError, and harm nothing")
 def _(pipes: _Pipes) -> None:
     def nothing(i: int, part: torch.Tensor) -> None:
         pass
 
-    wide = pipes.zeros(64)
     with pipes.pair() as (a, b):
-        for sizes, slots in (
-            ([9], [wide[:8]]),
-            ([1], []),
-            ([-1], [wide]),
-            ([8], [wide[::2]]),
-            ([8, 9], [wide, wide[:8]]),
-        ):
-            for row in (a.send_row, b.recv_row):
-                pipes.start(row, sizes, slots, nothing, pipes.far()).raises(ValueError)
-        pipes.start(a.send_row, [8], [wide.view(torch.int64)], nothing, pipes.far()).raises(ValueError)
+        for end, row in ((a, a.send_row), (b, b.recv_row)):
+            for sizes in ([-1], [end.slot_bytes + 1], [8, end.slot_bytes + 1]):
+                pipes.start(row, sizes, nothing, pipes.far()).raises(ValueError)
         demand(not a.broken and not b.broken, "the refusal broke the pipe")
         pipes.carries(a, b, pipes.random(8))
 
@@ -498,8 +511,8 @@ def _(pipes: _Pipes) -> None:
 def _(pipes: _Pipes) -> None:
     for sent, expected in (([8, 8], [8, 9]), ([8], [7])):
         with pipes.pair() as (a, b):
-            sending = pipes.send_row(a, [pipes.random(nbytes) for nbytes in sent], pipes.slots(2, 9))
-            pipes.recv_row(b, expected, pipes.slots(2, 9)).raises(ProtocolError)
+            sending = pipes.send_row(a, [pipes.random(nbytes) for nbytes in sent])
+            pipes.recv_row(b, expected).raises(ProtocolError)
             if sending.error() is not None:
                 sending.raises(ProtocolError, PeerGone)
 
@@ -510,10 +523,10 @@ def _(pipes: _Pipes) -> None:
         pass
 
     with pipes.pair() as (a, _b):
-        row = pipes.start(a.recv_row, [8, 8], pipes.slots(2, 8), nothing, time.monotonic() + _SOON)
+        row = pipes.start(a.recv_row, [8, 8], nothing, time.monotonic() + _SOON)
         row.raises(DeadlineExceeded)
         demand(a.broken, "the pipe is not broken")
     with pipes.pair() as (a, b):
-        row = pipes.start(a.recv_row, [8, 8], pipes.slots(2, 8), nothing, pipes.far()).settle(_SOON)
+        row = pipes.start(a.recv_row, [8, 8], nothing, pipes.far()).settle(_SOON)
         b.abort()
         row.raises(PeerGone)
