@@ -119,7 +119,8 @@ class Setup:
     kv_buffer_size: int
 
 
-GPU_ARGS = ("--load-format", "dummy", "--block-size", "16", "--gpu-memory-utilization", "0.3")
+QUIET = "--disable-uvicorn-access-log"
+GPU_ARGS = (QUIET, "--load-format", "dummy", "--block-size", "16", "--gpu-memory-utilization", "0.3")
 ON_GPUS = Setup(
     lengths=(30000, 8192, 1024), vocabulary=128256, block_size=16, max_model_len=32768, mixed=(100, 8000),
     answers=(1, 64), at_once=16, streams=16, stream_prompt=512, stream_tokens=600, rotation=8,
@@ -129,7 +130,7 @@ ON_GPUS = Setup(
     decode_args=(*GPU_ARGS, "--kv-cache-memory-bytes", str(24 << 30)),
     kv_buffer_size=32 << 30,
 )  # fmt: skip
-CPU_ARGS = ("--block-size", "32", "--max-num-batched-tokens", "512")
+CPU_ARGS = (QUIET, "--block-size", "32", "--max-num-batched-tokens", "512")
 ON_CPU = Setup(
     lengths=(1500, 700, 200), vocabulary=1024, block_size=32, max_model_len=2048, mixed=(50, 400), answers=(1, 8),
     at_once=4, streams=4, stream_prompt=64, stream_tokens=400, rotation=5,
@@ -233,9 +234,9 @@ class Run:
         self._failures: dict[str, int] = {}
         given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
         self.result: dict[str, Any] = {
-            "benchmark": "handoff", "arguments": given, "ended": "it was killed", "errors": [], "timeline": [],
-            "gpus": _gpus(), "said": [], "summary": {}, "samples": [], "mixed": {}, "inter_token": [], "steps": {},
-            "counters": {},
+            "benchmark": "handoff", "arguments": given, "ended": "it was killed", "errors": [], "cut_short": [],
+            "timeline": [], "gpus": _gpus(), "said": [], "summary": {}, "samples": [], "mixed": {}, "inter_token": [],
+            "steps": {}, "counters": {},
         }  # fmt: skip
 
     # -- time
@@ -256,6 +257,11 @@ class Run:
     def failed(self, what: str) -> None:
         self.say(f"FAIL: {what}")
         self.result["errors"].append(what)
+
+    def cut(self, what: str) -> None:
+        """Say what there was no time for."""
+        self.say(f"CUT SHORT: {what}")
+        self.result["cut_short"].append(what)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -437,7 +443,7 @@ class Run:
         longest = 0.0
         for number in range(count):
             if self.left < longest * 1.1 or not self.ways:
-                self.failed(f"{pools}: {number} rounds of {count}, {self.left:.0f} s left, ways {self.ways}")
+                self.cut(f"{pools}: {number} rounds of {count}, {self.left:.0f} s left, ways {self.ways}")
                 return
             began = time.monotonic()
             for length in self.setup.lengths:
@@ -491,7 +497,7 @@ class Run:
         for name, count in done.items():
             self.result["mixed"][name] = {"requests": count} | by_source(self.tallies[name].since())
             if count < len(requests):
-                self.failed(f"{name}: {count} of {len(requests)} mixed requests")
+                self.cut(f"{name}: {count} of {len(requests)} mixed requests")
 
     # -- between tokens
 
@@ -502,7 +508,7 @@ class Run:
         rotation = [self.prompt(f"rotation {i}", length) for i in range(setup.rotation)]
         for prompt in rotation:
             if self.left < 30:
-                self.failed(f"inter-token: {self.left:.0f} s left before it began")
+                self.cut(f"inter-token: {self.left:.0f} s left before it began")
                 return
             with Leg(pair.prefill, self.timeout) as leg:
                 leg.answer(prompt.body(1, prefill_params()))
@@ -517,7 +523,7 @@ class Run:
             # Back and forth, so that what drifts does so for all states alike.
             for state in STATES if number % 2 == 0 else reversed(STATES):
                 if self.left < longest * 1.2 + 5:
-                    self.failed(f"inter-token: {number} of {count} rounds, {self.left:.0f} s left")
+                    self.cut(f"inter-token: {number} of {count} rounds, {self.left:.0f} s left")
                     return
                 began = time.monotonic()
                 if state == "own cache":
@@ -688,8 +694,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 1
         try:
             go(run)
-            run.result["ended"] = "with errors" if run.result["errors"] else "complete"
-            status = 1 if run.result["errors"] else 0
+            ways = {"errors": "with errors", "cut_short": "cut short"}
+            run.result["ended"] = next((ended for name, ended in ways.items() if run.result[name]), "complete")
+            status = 0 if run.result["ended"] == "complete" else 1
         except Interrupted as interrupted:
             run.result["ended"], status = f"stopped by {interrupted}", interrupted.status
         except (KVError, OSError, ValueError) as error:
@@ -705,7 +712,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.handoff", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write JSON with the raw samples here, and a plot beside it (.svg)")
-    parser.add_argument("--seconds", type=float, default=520.0, help="end within so many (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=480.0, help="end within so many (default: %(default)s)")
     parser.add_argument(
         "--parts", type=_parts, default=PARTS, help=f"what to run, separated by commas (default: {','.join(PARTS)})"
     )

@@ -155,6 +155,7 @@ def report(result: Mapping[str, Any]) -> str:
     faults = sum(row["faults"] for row in result["summary"]["handoff"])
     parts.append(f"{faults} samples do not count; {len(result['errors'])} errors" + (":" if result["errors"] else "."))
     parts += [f"- {error.splitlines()[0]}" for error in result["errors"][:20]]
+    parts += [f"- cut short: {what}" for what in result["cut_short"]]
     parts += ["", "Seconds: " + ", ".join(f"{entry['part']} {entry['seconds']}" for entry in result["timeline"])]
     return "\n".join(parts)
 

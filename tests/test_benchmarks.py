@@ -179,7 +179,14 @@ def test_intervals_between_tokens_are_compared_with_those_of_decodes_alone():
 
 
 def test_the_report_and_the_plot_are_made_of_whatever_there_is():
-    empty = {"ended": "failed", "errors": ["no servers\nand more"], "timeline": [], "mixed": {}, "steps": {}}
+    empty = {
+        "ended": "failed",
+        "errors": ["no servers\nand more"],
+        "timeline": [],
+        "mixed": {},
+        "steps": {},
+        "cut_short": ["x"],
+    }
     empty["summary"] = {"handoff": [], "inter_token": {}}
     assert "1 errors:\n- no servers\n" in handoff_report.report(empty) and handoff_report.plot(empty) is None
     samples = [
