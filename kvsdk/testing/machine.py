@@ -102,7 +102,7 @@ class ConnectorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.subject.capabilities.early_announcement)
     @rule(
         engines=st.sampled_from([(0, 1), (0, 1), (0, 2), (0, 1), (None, 1), (0, None)]),
-        length=st.integers(1, 60),
+        length=st.integers(1, 48),
         family=st.integers(1, 3),
         shared=st.sampled_from([0, 0, 4, 12]),
         salt=st.sampled_from([None, None, None, "pepper"]),
