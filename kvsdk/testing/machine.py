@@ -109,10 +109,11 @@ class ConnectorMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 8),
         prefill_tokens=st.sampled_from([1, 1, 1, 5]),
         transfer=st.sampled_from([None, None, None, None, "one", "two"]),
+        rounds=st.sampled_from([0, 0, 1, 2, 3]),
     )
     def announce(
         self,
-        engines: tuple[int | None, int | None],
+        engines: tuple[int | None, ...],
         length: int,
         family: int,
         shared: int,
@@ -120,16 +121,23 @@ class ConnectorMachine(RuleBasedStateMachine):
         max_tokens: int,
         prefill_tokens: int,
         transfer: str | None,
+        rounds: int,
     ) -> None:
         """A prompt is sent to a producer and to a consumer at once, or to one of them alone; perhaps with a transfer id
-        that was used before.
+        that was used before. Then both do some of it.
         """
         assert self.world is not None
-        producer, consumer = engines
-        if consumer is not None and consumer >= len(self.world.engines):
-            consumer = 1
+        producer, consumer = engines = tuple(
+            None if one is None else min(one, len(self.world.engines) - 1) for one in engines
+        )
         prompt = Prompt(length, family, shared, salt)
         self._do("announce", producer, consumer, prompt, max_tokens, prefill_tokens=prefill_tokens, transfer=transfer)
+        for _ in range(rounds):
+            for engine in engines:
+                if engine is not None:
+                    self._do("step", engine)
+            if self.subject.by_hand:
+                self._do("message", "deliver_all")
 
     @precondition(lambda self: self.world is not None and self.world.sent)
     @rule(which=_some)

@@ -22,7 +22,6 @@ from vllm.v1.request import RequestStatus
 
 from kvsdk.buffer.keys import prefix_keys, separator
 from kvsdk.connector import Connector, Hit
-from kvsdk.errors import TaskEnded
 from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER, IN_PROCESS_STORE, Capabilities
 from kvsdk.testing.in_process import (
     HandOverConnector,
@@ -351,12 +350,16 @@ class LooksTheSameBadBlockUpAgain(NativeStore):
 # ---- what is loaded
 
 
+def blocks_of(task, at, digests):
+    """The part of a load's blocks that came."""
+    return task.blocks[0][at : at + len(digests)]
+
+
 class _DropsTheTail(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(block_ids, kv, np.arange(len(block_ids) - 1))
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv, np.arange(len(digests) - 1))
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 15, says="wrong KV")
@@ -365,11 +368,10 @@ class DropsTheTail(hand_over(worker=_DropsTheTail)):
 
 
 class _SwapsTwoBlocks(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(np.ascontiguousarray(block_ids[::-1]), kv)
-        task.done()
+            self.store.scatter(np.ascontiguousarray(blocks_of(task, at, digests)[::-1]), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="wrong KV")
@@ -378,11 +380,10 @@ class SwapsTwoBlocks(hand_over(worker=_SwapsTwoBlocks)):
 
 
 class _ShiftsByOneLayer(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(block_ids, kv.roll(len(kv) // len(self.store.layout.layers)))
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv.roll(len(kv) // len(self.store.layout.layers)))
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="wrong KV")
@@ -402,10 +403,10 @@ class ReportsDoneBeforeItIs(hand_over(worker=_DoneBeforeItIs)):
 
 
 class _NoDigest(HandOverWorker):
-    def unpack(self, task, kv, digests):
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(task.blocks[0], kv)
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseFailures.test_a_damaged_message", 3, says="wrong KV")
@@ -414,10 +415,8 @@ class ChecksNoDigest(hand_over(worker=_NoDigest)):
 
 
 class _UsesFailedKV(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        fail, task.fail = task.fail, lambda error, failed=None: task.done()
-        super().unpack(task, kv, digests)
-        task.fail = fail
+    def end(self, task, wrong):
+        task.done()
 
 
 @found_by("BaseFailures.test_a_damaged_message", 3, says="wrong KV")
@@ -426,12 +425,9 @@ class UsesFailedKV(hand_over(worker=_UsesFailedKV)):
 
 
 class _WritesAfterTheEnd(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        self.store.scatter(task.blocks[0], kv)
-        try:
-            task.done()
-        except TaskEnded:
-            self.late = True
+    def write(self, task, at, kv, digests):
+        self.store.scatter(blocks_of(task, at, digests), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseFailures.test_an_answer_that_comes_too_late_is_left_alone", 3, says="no open load was granted|wrong KV")
@@ -480,10 +476,7 @@ class _KeepsOffers(HandOverWorker):
     def let_go(self, hold_id):
         self._ended.append(hold_id)
 
-    def unpack(self, task, kv, digests):
-        with task.using():
-            self.store.scatter(task.blocks[0], kv)
-        task.done()
+    write = _NoDigest.write
 
 
 # ---- reports
@@ -637,7 +630,7 @@ class _LateRead(HandOverWorker):
     """Reads what was let go, and checks nothing."""
 
     let_go = _KeepsOffers.let_go
-    unpack = _KeepsOffers.unpack
+    write = _NoDigest.write
 
 
 @found_by("BaseBlocks.test_what_is_read_after_the_lease_does_not_count", says="wrong KV")
@@ -655,7 +648,7 @@ class _NoKeyForTheTail(StoreScheduler):
 
 
 class _StoreWithoutDigest(StoreWorker):
-    unpack = _NoDigest.unpack
+    write = _NoDigest.write
 
 
 @found_by("BaseMatching.test_a_longer_prompt_is_not_the_one_that_was_computed", 3, says="wrong KV")
