@@ -92,15 +92,22 @@ class EndedOffer:
     """An offer that is over; its blocks can be given back.
 
     Attributes:
-        transfer_id: its name.
+        transfer_id, generation: the offer's.
         block_ids: all of the offer's blocks, as inserted. Other offers may hold some of them as well.
         reason: `released` (a consumer has it), `expired`, `evicted`, `broken` (announced, and never completed) or
             `closed`.
     """
 
     transfer_id: str
+    generation: int
     block_ids: np.ndarray
     reason: str
+
+
+def offer_name(transfer_id: str, generation: int) -> str:
+    """Names an offer for good: whoever chooses transfer ids may choose one again, for another prompt, while a read of
+    the first is on its way."""
+    return f"{transfer_id}/{generation}"
 
 
 def _prompt(keys: PrefixKeys) -> tuple[bytes, int]:
@@ -270,12 +277,15 @@ class LookupBuffer:
             self._make_room(distinct)
             return self._add(_Entry(transfer_id, keys, block_ids, distinct, next(self._generations), now), now)
 
-    def announce(self, keys: PrefixKeys, transfer_id: str) -> None:
+    def announce(self, keys: PrefixKeys, transfer_id: str) -> int:
         """Offer a prompt that is about to be computed; `complete` or `break_off` must follow.
 
         Args:
             keys: of the whole prompt.
             transfer_id: its name, chosen by a proxy.
+
+        Returns:
+            the offer's generation.
 
         Raises:
             OfferTooLarge, BufferFull, ValueError, KVError: as `insert`.
@@ -288,10 +298,12 @@ class LookupBuffer:
             self._make_room(_NO_BLOCKS, num_blocks)
             self._reserved += num_blocks
             self._over.pop(transfer_id, None)
+            generation = next(self._generations)
             self._offers[transfer_id] = _Entry(
-                transfer_id, keys, _NO_BLOCKS, _NO_BLOCKS, next(self._generations), now, reserved=num_blocks
+                transfer_id, keys, _NO_BLOCKS, _NO_BLOCKS, generation, now, reserved=num_blocks
             )
             self._counters["inserted"] += 1
+            return generation
 
     def complete(self, transfer_id: str, block_ids: np.ndarray) -> Offer | None:
         """The prompt of an announced offer is computed: from now on the offer is as if inserted.
@@ -609,7 +621,7 @@ class LookupBuffer:
         self._over[entry.transfer_id] = None
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
-        self._ended[entry.transfer_id] = EndedOffer(entry.transfer_id, entry.block_ids, reason)
+        self._ended[entry.transfer_id] = EndedOffer(entry.transfer_id, entry.generation, entry.block_ids, reason)
         self._distinct_ended.append(entry.distinct)
         self._counters[reason] += 1
         return self._standing.drop(entry.distinct)

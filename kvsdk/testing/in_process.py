@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvsdk.buffer import BufferFull, LookupBuffer
+from kvsdk.buffer import BufferFull, LookupBuffer, offer_name
 from kvsdk.buffer.keys import PrefixKeys
 from kvsdk.connector import (
     ASK_AGAIN,
@@ -227,7 +227,7 @@ class Source:
     """Where a load's blocks are: picklable."""
 
     workers: tuple[str, ...]
-    transfer_id: str
+    offer: str
 
 
 @dataclasses.dataclass
@@ -344,7 +344,7 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             self.network.send(claim["producer"], "release", claim_id=claim["claim_id"], used=used)
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Source:
-        return Source(tuple(hit.source["workers"]), hit.source["transfer_id"])
+        return Source(tuple(hit.source["workers"]), hit.source["offer"])
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
         del self._lookups[request.id]
@@ -378,23 +378,24 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             "transfer_id": offer.transfer_id,
             "remote_block_ids": [],  # there already, unlike an announced transfer's
         }
-        return Keep(offer.transfer_id, params)
+        return Keep(offer_name(offer.transfer_id, offer.generation), params)
 
     def announced(self, request: RequestView) -> str | None:
         transfer_id = self._chosen_id(request)
         if self.buffer is None or transfer_id is None:
             return None
         try:
-            self.buffer.announce(request.keys, transfer_id)
+            generation = self.buffer.announce(request.keys, transfer_id)
         except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.info("request %s is not announced: %s", request.id, error)
             return None
         self._announced[transfer_id] = request.id
-        return transfer_id
+        return offer_name(transfer_id, generation)
 
     def broken_off(self, request: RequestView, hold_id: str) -> None:
-        if self.buffer is not None:
-            self.buffer.break_off(hold_id)
+        transfer_id = self._chosen_id(request)
+        if self.buffer is not None and transfer_id is not None:
+            self.buffer.break_off(transfer_id)
 
     @staticmethod
     def _chosen_id(request: RequestView) -> str | None:
@@ -416,7 +417,7 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             found = {
                 "producer": self.address,
                 "claim_id": claim.claim_id,
-                "transfer_id": claim.transfer_id,
+                "offer": offer_name(claim.transfer_id, claim.generation),
                 "num_tokens": claim.num_tokens,
                 "workers": self._workers,
             }
@@ -440,7 +441,7 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             self.buffer.expire()
             for ended in self.buffer.take_ended():
                 self._announced.pop(ended.transfer_id, None)
-                self.holds.give_back(ended.transfer_id)
+                self.holds.give_back(offer_name(ended.transfer_id, ended.generation))
 
     def reset(self) -> bool:
         if self.buffer is not None:
@@ -470,11 +471,11 @@ class Offered:
 
 @dataclasses.dataclass
 class _Asked:
-    """What a consumer still wants of a transfer: `count` blocks from the prompt's block `first` on."""
+    """What a consumer still wants of an offer: `count` blocks from the prompt's block `first` on."""
 
     read: int
     reply_to: str
-    transfer_id: str
+    offer: str
     first: int
     count: int
     deadline: float
@@ -526,9 +527,9 @@ class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
         self._ended.append(hold_id)
         self._answer()
 
-    def on_read(self, *, read: int, reply_to: str, transfer_id: str, first: int, count: int) -> None:
+    def on_read(self, *, read: int, reply_to: str, offer: str, first: int, count: int) -> None:
         deadline = self.context.clock() + self.context.options.load_timeout
-        self._asked.append(_Asked(read, reply_to, transfer_id, first, count, deadline))
+        self._asked.append(_Asked(read, reply_to, offer, first, count, deadline))
         self._answer()
 
     def _answer(self) -> None:
@@ -538,11 +539,11 @@ class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
 
     def _waits(self, asked: _Asked) -> bool:
         """Send what there is; whether there is more to come."""
-        offer, first, count = self._offers.get(asked.transfer_id), asked.first, asked.count
-        if offer is None and asked.transfer_id not in self._ended:
+        offer, first, count = self._offers.get(asked.offer), asked.first, asked.count
+        if offer is None and asked.offer not in self._ended:
             return True  # the consumer may hear of an offer a step before this worker does
         if offer is None or not 0 <= first < first + count <= offer.num_blocks:
-            reason = f"transfer {asked.transfer_id} has no such blocks"
+            reason = f"offer {asked.offer} has no such blocks"
             self.network.send(asked.reply_to, "refused", read=asked.read, reason=reason)
             return False
         ready = self.ready(offer, first, count)
@@ -567,7 +568,7 @@ class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
             "read",
             read=read,
             reply_to=self.address,
-            transfer_id=task.source.transfer_id,
+            offer=task.source.offer,
             first=task.first_block,
             count=count,
         )

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
+from kvsdk.buffer import offer_name
 from kvsdk.buffer.keys import prefix_keys, separator
 from kvsdk.connector import Connector, Hit
 from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER, IN_PROCESS_STORE, Capabilities
@@ -232,7 +233,7 @@ class NeverFrees(NativeStore):
 class _NoLease(HandOverScheduler):
     def tick(self):
         for ended in self.buffer.take_ended() if self.buffer is not None else ():
-            self.holds.give_back(ended.transfer_id)
+            self.holds.give_back(offer_name(ended.transfer_id, ended.generation))
 
     give_up = HandOverScheduler.give_up
 
@@ -448,7 +449,7 @@ class _TrustsTheId(HandOverScheduler):
     def finished(self, request, blocks):
         keep = super().finished(request, blocks)
         if keep is not None:
-            self.offered[keep.hold_id] = request.keys.to_wire()
+            self.offered[keep.params["transfer_id"]] = request.keys.to_wire()
         return keep
 
     def on_find(self, *, keys, transfer_id, **more):
@@ -618,7 +619,7 @@ class ClosesOnlyOnce(hand_over(_ClosesOnce)):
 class _RemembersPeers(HandOverScheduler):
     def granted(self, request, hit, num_tokens):
         self.workers = getattr(self, "workers", None) or tuple(hit.source["workers"])
-        return Source(self.workers, hit.source["transfer_id"])
+        return Source(self.workers, hit.source["offer"])
 
 
 @found_by("BasePeers.test_a_producer_that_died_is_replaced", says="nothing is loaded since")
