@@ -34,6 +34,7 @@ from kvsdk.testing.in_process import (
     StoreScheduler,
     StoreWorker,
 )
+from kvsdk.vllm.binding import bind
 
 KEY = 16
 
@@ -478,6 +479,150 @@ class _KeepsOffers(HandOverWorker):
         self._ended.append(hold_id)
 
     write = _NoDigest.write
+
+
+# ---- announced transfers
+
+
+class GrowsOneStepTooEarly(bind(HandOverConnector)):
+    """Tells the worker half of blocks before the step that computes them."""
+
+    by_hand = True
+
+    def bind_connector_metadata(self, connector_metadata):
+        super().bind_connector_metadata(connector_metadata)
+        self._worker.start_saves()
+
+
+found_by(
+    "BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed",
+    1,
+    1,
+    says="wrong KV",
+    can=IN_PROCESS_HANDOVER,
+)(GrowsOneStepTooEarly)
+
+
+class _ReadsPastTheEnd(HandOverWorker):
+    def ready(self, offer, first, count):
+        ready = super().ready(offer, first, count)
+        return np.concatenate([ready, np.repeat(offer.blocks[-1:], count - len(ready))])
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 1, 1, says="wrong KV")
+class ReadsPastWhatIsThere(hand_over(worker=_ReadsPastTheEnd)):
+    pass
+
+
+class _WaitsForTheEnd(HandOverWorker):
+    def ready(self, offer, first, count):
+        ready = super().ready(offer, first, count)
+        return ready if len(ready) == count else ready[:0]
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 1, 1, says="nothing comes over")
+class SendsNothingBeforeTheEnd(hand_over(worker=_WaitsForTheEnd)):
+    pass
+
+
+class _EndsWithTheFirstPart(HandOverWorker):
+    def on_blocks(self, *, read, **more):
+        if read in self._loads:
+            self._loads[read].came[:] = True
+        super().on_blocks(read=read, **more)
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 2, 2, says="wrong KV")
+class IsDoneWithTheFirstPart(hand_over(worker=_EndsWithTheFirstPart)):
+    pass
+
+
+class _AsksOnce(HandOverScheduler):
+    def _ask(self, lookup, request, num_local_tokens):
+        super()._ask(lookup, request, num_local_tokens)
+        lookup.until = 0.0
+
+
+@found_by("BaseEarlyAnnouncement.test_the_decode_server_may_be_the_first_to_know", says="0 of 50 tokens were loaded")
+class DoesNotWaitForATransfer(hand_over(_AsksOnce)):
+    pass
+
+
+class _NeverBreaksOff(HandOverScheduler):
+    def broken_off(self, request, hold_id):
+        pass
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_a_transfer_that_was_broken_off_is_neither_found_nor_waited_for",
+    says="a lookup answered",
+)
+class NeverEndsABrokenOffer(hand_over(_NeverBreaksOff)):
+    pass
+
+
+class _WaitsForWhatIsOver(HandOverScheduler):
+    def on_found(self, *, heard, **more):
+        super().on_found(heard=False, **more)
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_a_transfer_that_was_broken_off_is_neither_found_nor_waited_for",
+    says="waited for",
+)
+class WaitsForATransferThatIsOver(hand_over(_WaitsForWhatIsOver)):
+    pass
+
+
+class _NeverLetsGo(HandOverWorker):
+    def let_go(self, hold_id):
+        pass
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_what_is_read_after_the_prefill_was_aborted_does_not_count", False, says="wrong KV"
+)
+class ReadsWhatWasBrokenOff(hand_over(worker=_NeverLetsGo)):
+    pass
+
+
+class _NamesHoldsByTransfer(HandOverScheduler):
+    """The hold has the transfer's id, which may come again."""
+
+    def announced(self, request):
+        hold_id = super().announced(request)
+        return hold_id and hold_id.rpartition("/")[0]
+
+    def on_find(self, **more):
+        super().on_find(**more)
+        claim = self.network.pending[-1].fields["claim"]
+        if claim is not None:
+            claim["offer"] = claim["offer"].rpartition("/")[0]
+
+    def finished(self, request, blocks):
+        keep = super().finished(request, blocks)
+        return keep and dataclasses.replace(keep, hold_id=keep.hold_id.rpartition("/")[0])
+
+    def tick(self):
+        for ended in self.buffer.take_ended() if self.buffer is not None else ():
+            self._announced.pop(ended.transfer_id, None)
+            self.holds.give_back(ended.transfer_id)
+
+
+@found_by("BaseEarlyAnnouncement.test_what_is_read_after_the_prefill_was_aborted_does_not_count", True, says="wrong KV")
+class TakesOneTransferForAnother(hand_over(_NamesHoldsByTransfer)):
+    pass
+
+
+class _RenamesItsHold(HandOverScheduler):
+    def finished(self, request, blocks):
+        keep = super().finished(request, blocks)
+        return keep and dataclasses.replace(keep, hold_id=f"{keep.hold_id} finished")
+
+
+@found_by("BaseEarlyAnnouncement.test_a_prompt_is_loaded_whole", 5, says="loads failed|tokens were loaded")
+class EndsTheAnnouncedHold(hand_over(_RenamesItsHold)):
+    """`finished` answers with another hold than `announced` did."""
 
 
 # ---- reports
