@@ -306,13 +306,14 @@ class LookupBuffer:
             return generation
 
     def complete(self, transfer_id: str, block_ids: np.ndarray) -> Offer | None:
-        """The prompt of an announced offer is computed: from now on the offer is as if inserted.
+        """The prompt of an announced offer is computed: from now on the offer is as if inserted now, or, if its
+        exclusive claim is over, ends with the last of those who share it.
 
         Args:
             block_ids: as for `insert`.
 
         Returns:
-            The offer; None when it has ended, because a consumer has all of it already, or was broken off.
+            The offer; None when it has ended, because nobody wants it any more or it was broken off.
 
         Raises:
             ValueError: `block_ids` do not fit the prompt.
@@ -321,12 +322,13 @@ class LookupBuffer:
             now = self.clock()
             self._expire(now)
             entry = self._offers.get(transfer_id)
-            if entry is None or entry.ending or not entry.reserved:
+            if entry is None or not entry.reserved:
                 return None
             entry.block_ids, entry.distinct = _checked(entry.keys, block_ids)
             self._reserved -= entry.reserved
             entry.reserved = 0
             self._counters["inserted"] -= 1
+            del self._offers[transfer_id]
             return self._add(entry, now)
 
     def break_off(self, transfer_id: str) -> bool:
@@ -534,8 +536,9 @@ class LookupBuffer:
         self._over.pop(entry.transfer_id, None)
         self._standing.add(entry.distinct)
         self._held.add(entry.distinct)
-        self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
-        self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None
+        if entry.indexed:
+            self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
+            self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None
         self._counters["inserted"] += 1
         return Offer(entry.transfer_id, entry.keys.num_tokens, entry.block_ids, entry.generation, entry.deadline)
 
