@@ -129,6 +129,9 @@ class Options:
     nccl_max_ctas: int = _option(
         8, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
     )
+    max_sms: int = _option(
+        64, "int", "SMs of a GPU that a copy or a digest of blocks may take from the model meanwhile.", low=1, high=1024
+    )
     model_id: str | None = _option(None, "str", "Name of the weights; servers with different ones refuse each other.")
     curve_secret_key: str | None = _option(
         None, "str", "File with this server's own CURVE certificate, secret key included, in ZMQ's format."

@@ -23,6 +23,7 @@ from kvsdk.buffer import (
     LookupBuffer,
     Pending,
     ServerCurve,
+    Unheard,
     Wire,
     prefix_keys,
 )
@@ -210,6 +211,10 @@ def test_a_transfer_is_found_by_id_at_an_address_never_heard_of(serve, connect):
     client.find_by_id("t", server.address, "transfer", None)
     assert not answer(client).exclusive
     client.find_by_id("t", server.address, "other", PROMPT, 0)
+    assert answer(client) is Unheard
+    offer(server.buffer, name="gone")
+    server.buffer.evict_all_unclaimed()
+    client.find_by_id("t", server.address, "gone", PROMPT, 0)
     assert answer(client) is None
     assert ask(client) is None  # a temporary peer is not asked for prompts
 
@@ -725,7 +730,7 @@ class Liar:
 
 def found(ticket, num_tokens, claim_id="c"):
     claim = {"claim_id": claim_id, "transfer_id": "t", "num_tokens": num_tokens, "exclusive": True, "generation": 1}
-    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim)
+    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim, heard=True)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
         options = self.context.options
-        self._layout, self._store = layout, BlockStore(kv_caches, layout)
+        self._layout, self._store = layout, BlockStore(kv_caches, layout, max_sms=options.max_sms)
         self._device = self._store.device
         self._streams = Streams(self._device)
         self._kinds = choose(options.pipe, self._device.type)
