@@ -102,6 +102,7 @@ class ModelOffer:
     deadline: float
     exclusive: str | None = None
     ending: str | None = None
+    reserved: int = 0  # blocks of one that is announced
     claims: dict[str, float] = field(default_factory=dict)
 
     def common(self, prompt):
@@ -157,14 +158,19 @@ class BufferMachine(RuleBasedStateMachine):
             for claim_id, deadline in list(offer.claims.items()):
                 if deadline <= self.clock.now:
                     self.end_claim(offer, claim_id, "expired")
-            if offer.name in self.offers and not offer.claims and offer.deadline <= self.clock.now:
+            leased = not offer.claims and not offer.reserved
+            if offer.name in self.offers and leased and offer.deadline <= self.clock.now:
                 self.end(offer, "expired")
 
     def blocks_of(self, offers):
         return {block for offer in offers for block in offer.blocks}
 
     def unclaimed(self):
-        return [offer for offer in self.offers.values() if not offer.claims]
+        return [offer for offer in self.offers.values() if not offer.claims and not offer.reserved]
+
+    @property
+    def reserved(self):
+        return sum(offer.reserved for offer in self.offers.values())
 
     def granted(self, claim, offer, num_tokens, exclusive):
         assert (claim.transfer_id, claim.num_tokens, claim.exclusive) == (offer.name, num_tokens, exclusive)
@@ -185,15 +191,60 @@ class BufferMachine(RuleBasedStateMachine):
         self.count += 1
         name = f"{self.count:03}"
         self.model_expire()
-        claimed = self.blocks_of(offer for offer in self.offers.values() if offer.claims)
-        if len(claimed | set(blocks)) > LIMIT:
+        if self.fits(set(blocks)):
+            self.offers[name] = ModelOffer(name, prompt, blocks, self.clock.now + LEASE)
+            self.buffer.insert(self.keys(prompt), ids(*blocks), name)
+        else:
             with pytest.raises(BufferFull):
                 self.buffer.insert(self.keys(prompt), ids(*blocks), name)
-            return
-        while len(self.blocks_of(self.offers.values()) | set(blocks)) > LIMIT:
+
+    def fits(self, blocks, unknown=0):
+        """Make room for these blocks and some whose ids are not known."""
+        limit = LIMIT - self.reserved - unknown
+        claimed = self.blocks_of(offer for offer in self.offers.values() if offer.claims)
+        if len(claimed | blocks) > limit:
+            return False
+        while len(self.blocks_of(self.offers.values()) | blocks) > limit:
             self.end(self.unclaimed()[0], "evicted")
-        self.offers[name] = ModelOffer(name, prompt, blocks, self.clock.now + LEASE)
-        self.buffer.insert(self.keys(prompt), ids(*blocks), name)
+        return True
+
+    @rule(prompt=prompts)
+    def announce(self, prompt):
+        size = (len(prompt) + 1) // 2
+        self.count += 1
+        name = f"{self.count:03}"
+        self.model_expire()
+        if self.fits(set(), size):
+            self.offers[name] = ModelOffer(name, prompt, (), 0, reserved=size)
+            self.buffer.announce(self.keys(prompt), name)
+        else:
+            with pytest.raises(BufferFull):
+                self.buffer.announce(self.keys(prompt), name)
+
+    @rule(data=st.data())
+    def complete(self, data):
+        offer = self.some_announced(data)
+        size = offer.reserved if offer else 1
+        blocks = tuple(data.draw(st.lists(st.integers(0, 15), min_size=size, max_size=size, unique=True)))
+        self.model_expire()
+        completed = self.buffer.complete(offer.name if offer else "unknown", ids(*blocks))
+        if offer is None or offer.name not in self.offers:
+            assert completed is None
+            return
+        assert tuple(completed.block_ids) == blocks
+        offer.blocks, offer.reserved, offer.deadline = blocks, 0, self.clock.now + LEASE
+        self.offers[offer.name] = self.offers.pop(offer.name)
+
+    @rule(data=st.data())
+    def break_off(self, data):
+        offer = self.some_announced(data)
+        assert self.buffer.break_off(offer.name if offer else "unknown") == (offer is not None)
+        if offer:
+            self.end(offer, "broken")
+
+    def some_announced(self, data):
+        names = [name for name, offer in self.offers.items() if offer.reserved]
+        return self.offers.get(data.draw(st.sampled_from([*names, "unknown"])))
 
     @rule(prompt=prompts, min_tokens=st.integers(0, 3), exact=st.booleans())
     def find(self, prompt, min_tokens, exact):
@@ -217,7 +268,8 @@ class BufferMachine(RuleBasedStateMachine):
         self.shared(self.buffer.select(self.keys(prompt), min_tokens), prompt, min_tokens)
 
     def shared(self, claim, prompt, min_tokens):
-        found = [offer for offer in self.offers.values() if not offer.ending and offer.common(prompt) > min_tokens]
+        whole = [offer for offer in self.offers.values() if not offer.ending and not offer.reserved]
+        found = [offer for offer in whole if offer.common(prompt) > min_tokens]
         if found:
             # `max` takes the first of equals, the oldest.
             best = max(found, key=lambda offer: offer.common(prompt))
@@ -296,11 +348,18 @@ class BufferMachine(RuleBasedStateMachine):
         assert all(self.buffer.standing(name) for name in self.offers)
         counters = self.buffer.counters
         assert counters["inserted"] == len(self.offers) + len(self.reasons)
-        for reason in ("released", "expired", "evicted"):
+        for reason in ("released", "expired", "evicted", "broken"):
             assert counters[reason] == list(self.reasons.values()).count(reason)
+        over = {name for name, offer in self.offers.items() if offer.ending} | self.reasons.keys()
+        assert over == {name for name in (*self.offers, *self.reasons, "unknown") if self.buffer.over(name)}
 
     def teardown(self):
-        # Nobody says a word any more: once leases have ended, nothing is left.
+        # Prompts that are computed end somehow, and then nobody says a word any more: once leases have ended, nothing
+        # is left.
+        for offer in list(self.offers.values()):
+            if offer.reserved:
+                self.buffer.break_off(offer.name)
+                self.end(offer, "broken")
         for _ in range(2):
             self.clock.now += LEASE
             self.buffer.expire()

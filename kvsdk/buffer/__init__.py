@@ -3,7 +3,7 @@
 from kvsdk.buffer.client import BufferClient, PeerState, Pending, PendingType, RemoteClaim, Unheard, UnheardType
 from kvsdk.buffer.curve import ClientCurve, ServerCurve
 from kvsdk.buffer.keys import PrefixKeys, prefix_keys, separator
-from kvsdk.buffer.lookup import BufferFull, Claim, EndedOffer, LookupBuffer, Offer
+from kvsdk.buffer.lookup import BufferFull, Claim, EndedOffer, LookupBuffer, Offer, offer_name
 from kvsdk.buffer.server import BufferServer
 from kvsdk.buffer.wire import BUFFER_WIRE, Field, VersionError, Wire
 
@@ -28,6 +28,7 @@ __all__ = [
     "UnheardType",
     "VersionError",
     "Wire",
+    "offer_name",
     "prefix_keys",
     "separator",
 ]

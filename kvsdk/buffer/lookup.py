@@ -92,15 +92,22 @@ class EndedOffer:
     """An offer that is over; its blocks can be given back.
 
     Attributes:
-        transfer_id: its name.
+        transfer_id, generation: the offer's.
         block_ids: all of the offer's blocks, as inserted. Other offers may hold some of them as well.
         reason: `released` (a consumer has it), `expired`, `evicted`, `broken` (announced, and never completed) or
             `closed`.
     """
 
     transfer_id: str
+    generation: int
     block_ids: np.ndarray
     reason: str
+
+
+def offer_name(transfer_id: str, generation: int) -> str:
+    """Names an offer for good: whoever chooses transfer ids may choose one again, for another prompt, while a read of
+    the first is on its way."""
+    return f"{transfer_id}/{generation}"
 
 
 def _prompt(keys: PrefixKeys) -> tuple[bytes, int]:
@@ -270,12 +277,15 @@ class LookupBuffer:
             self._make_room(distinct)
             return self._add(_Entry(transfer_id, keys, block_ids, distinct, next(self._generations), now), now)
 
-    def announce(self, keys: PrefixKeys, transfer_id: str) -> None:
+    def announce(self, keys: PrefixKeys, transfer_id: str) -> int:
         """Offer a prompt that is about to be computed; `complete` or `break_off` must follow.
 
         Args:
             keys: of the whole prompt.
             transfer_id: its name, chosen by a proxy.
+
+        Returns:
+            the offer's generation.
 
         Raises:
             OfferTooLarge, BufferFull, ValueError, KVError: as `insert`.
@@ -288,19 +298,22 @@ class LookupBuffer:
             self._make_room(_NO_BLOCKS, num_blocks)
             self._reserved += num_blocks
             self._over.pop(transfer_id, None)
+            generation = next(self._generations)
             self._offers[transfer_id] = _Entry(
-                transfer_id, keys, _NO_BLOCKS, _NO_BLOCKS, next(self._generations), now, reserved=num_blocks
+                transfer_id, keys, _NO_BLOCKS, _NO_BLOCKS, generation, now, reserved=num_blocks
             )
             self._counters["inserted"] += 1
+            return generation
 
     def complete(self, transfer_id: str, block_ids: np.ndarray) -> Offer | None:
-        """The prompt of an announced offer is computed: from now on the offer is as if inserted.
+        """The prompt of an announced offer is computed: from now on the offer is as if inserted now, or, if its
+        exclusive claim is over, ends with the last of those who share it.
 
         Args:
             block_ids: as for `insert`.
 
         Returns:
-            The offer; None when it has ended, because a consumer has all of it already, or was broken off.
+            The offer; None when it has ended, because nobody wants it any more or it was broken off.
 
         Raises:
             ValueError: `block_ids` do not fit the prompt.
@@ -309,12 +322,13 @@ class LookupBuffer:
             now = self.clock()
             self._expire(now)
             entry = self._offers.get(transfer_id)
-            if entry is None or entry.ending or not entry.reserved:
+            if entry is None or not entry.reserved:
                 return None
             entry.block_ids, entry.distinct = _checked(entry.keys, block_ids)
             self._reserved -= entry.reserved
             entry.reserved = 0
             self._counters["inserted"] -= 1
+            del self._offers[transfer_id]
             return self._add(entry, now)
 
     def break_off(self, transfer_id: str) -> bool:
@@ -522,8 +536,9 @@ class LookupBuffer:
         self._over.pop(entry.transfer_id, None)
         self._standing.add(entry.distinct)
         self._held.add(entry.distinct)
-        self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
-        self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None
+        if entry.indexed:
+            self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
+            self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None
         self._counters["inserted"] += 1
         return Offer(entry.transfer_id, entry.keys.num_tokens, entry.block_ids, entry.generation, entry.deadline)
 
@@ -609,7 +624,7 @@ class LookupBuffer:
         self._over[entry.transfer_id] = None
         if len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
-        self._ended[entry.transfer_id] = EndedOffer(entry.transfer_id, entry.block_ids, reason)
+        self._ended[entry.transfer_id] = EndedOffer(entry.transfer_id, entry.generation, entry.block_ids, reason)
         self._distinct_ended.append(entry.distinct)
         self._counters[reason] += 1
         return self._standing.drop(entry.distinct)

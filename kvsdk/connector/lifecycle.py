@@ -240,6 +240,7 @@ class SchedulerLifecycle:
         self._ledger: _Ledger | None = None
         self._pool: BlockPool | None = None
         self._holds = _Holds()
+        self._growing: dict[str, _Tracked] = {}  # by hold id
         self.asked_again = False
         """Whether `pending` is asked now and then while vLLM does not step; set by who sees to that."""
         if self._producer is not None:
@@ -391,9 +392,10 @@ class SchedulerLifecycle:
             self._break_off(tracked)
             return None
         keep = self._ask(self._producer.finished, view, kept)
-        if tracked.hold_id is not None and tracked.hold_id in self._ledger:
+        if tracked.hold_id is not None:
             if keep is not None and keep.hold_id == tracked.hold_id:
                 self._grow(tracked, kept, view.num_prompt_blocks)
+                del self._growing[tracked.hold_id]
                 return dict(keep.params) if keep.params is not None else None
             self._holds.give_back(tracked.hold_id)
             self._carry_out_ends()
@@ -423,13 +425,10 @@ class SchedulerLifecycle:
             logger.error("%s announces %s, a hold that exists", type(self._half).__name__, hold_id)
             return
         tracked.hold_id = hold_id
+        self._growing[hold_id] = tracked
         self._ledger.hold(hold_id, np.zeros(0, np.int32))
 
     def _grow_in_step(self, tracked: _Tracked, entry: ScheduledRequest) -> None:
-        assert self._ledger is not None
-        if tracked.hold_id not in self._ledger:
-            tracked.hold_id = None
-            return
         view, block_size = tracked.view, self._context.cache.block_size
         end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
         # The answer's second token is written behind the prompt, into the same last block: then it waits for the end.
@@ -455,10 +454,9 @@ class SchedulerLifecycle:
 
     def _break_off(self, tracked: _Tracked) -> None:
         """An announced prompt will not be completed."""
-        hold_id, tracked.hold_id = tracked.hold_id, None
-        if hold_id is not None and self._producer is not None:
-            self._ask(self._producer.broken_off, tracked.view, hold_id)
-            self._holds.give_back(hold_id)
+        if tracked.hold_id is not None and self._producer is not None:
+            self._ask(self._producer.broken_off, tracked.view, tracked.hold_id)
+            self._holds.give_back(tracked.hold_id)
             self._carry_out_ends()
 
     # ---- a step
@@ -597,6 +595,9 @@ class SchedulerLifecycle:
         for hold_id in self._holds.take():
             if self._ledger is not None and self._ledger.give_back(hold_id):
                 self._orders.holds.append((hold_id, None))
+                if hold_id in self._growing:
+                    # Another hold may have this name later: what this request computes from now on is not for it.
+                    self._growing.pop(hold_id).hold_id = None
                 # Ends reach the workers before the step, and what it computes after it.
                 self._orders.grown = [growth for growth in self._orders.grown if growth.hold_id != hold_id]
 
@@ -606,7 +607,7 @@ class SchedulerLifecycle:
     def pending(self) -> bool:
         """Whether vLLM must step although it runs nothing: workers have not been told of something, or have saves to
         report, or holds have ended. Blocks that are merely held need no step where something makes vLLM ask again."""
-        if self._saves or self._orders.holds or self._orders.cancelled:
+        if self._saves or self._orders.holds or self._orders.grown or self._orders.cancelled:
             return True
         if self.has_holds and self.asked_again:
             self._ask(self._half.tick)

@@ -24,7 +24,9 @@ class Capabilities:
     saves: bool = _can("Stores: copies blocks out as they are computed, for any server to load.")
     pull: bool = _can("The consumer asks for the bytes when it has blocks for them.")
     push: bool = _can("The producer sends the bytes to blocks that the consumer announced.")
-    early_announcement: bool = _can("The consumer may announce its blocks before the producer has computed any.")
+    early_announcement: bool = _can(
+        "Loads a prompt while it is computed, where a proxy sends it to both servers at once."
+    )
     finds_by_prompt: bool = _can("Finds KV by the prompt alone, with a proxy that only sends the prompt twice.")
     finds_by_params: bool = _can("Finds KV by the `kv_transfer_params` that a proxy passed on.")
     partial_tail: bool = _can("Moves a prompt's last, partly filled block as well.")
@@ -55,6 +57,7 @@ class Capabilities:
 PYNCCL = Capabilities(
     keeps=True,
     pull=True,
+    early_announcement=True,
     finds_by_prompt=True,
     finds_by_params=True,
     partial_tail=True,

@@ -33,6 +33,7 @@ _SEEN = (
     "outputs",
     "params",
     "stats",
+    "written",
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvsdk.buffer import BufferFull, LookupBuffer
+from kvsdk.buffer import BufferFull, LookupBuffer, offer_name
 from kvsdk.buffer.keys import PrefixKeys
 from kvsdk.connector import (
     ASK_AGAIN,
@@ -40,10 +40,14 @@ from kvsdk.connector import (
 from kvsdk.errors import ConfigError, KVError, OfferTooLarge, TaskEnded
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
+from kvsdk.transfer_params import Role, classify
 
 logger = logging.getLogger("kvsdk.testing")
 
 KEY_BYTES = 16
+
+ASK_EVERY = 0.004
+"""Seconds between two questions for an announced transfer that no producer has heard of."""
 
 _networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
 _names = itertools.count(1)
@@ -179,20 +183,33 @@ class _Moves:
         self.store.gather(block_ids, staging)
         return staging, self.store.digest(staging, len(block_ids), np.arange(first, first + len(block_ids)))
 
-    def unpack(self, task: LoadTask, kv: torch.Tensor, digests: np.ndarray) -> None:
-        """Check blocks, write what is right into the cache, end the task."""
-        (block_ids,) = task.blocks
-        count, first = len(block_ids), task.first_block
+    def write(self, task: LoadTask, at: int, kv: torch.Tensor, digests: np.ndarray) -> np.ndarray:
+        """Check blocks, and write what is right into the cache.
+
+        Args:
+            at: index of the first of them in the task's blocks.
+
+        Returns:
+            which of them are damaged, (n,) bool.
+
+        Raises:
+            KVError: `kv` has not the size of so many blocks.
+            TaskEnded: nothing was written.
+        """
+        count, first = len(digests), task.first_block + at
         if len(kv) != self.store.staging_bytes(count):
-            task.fail(KVError(f"{len(kv)} bytes for {count} blocks"))
-            return
+            raise KVError(f"{len(kv)} bytes for {count} blocks")
         right = self.store.digest(kv, count, np.arange(first, first + count)) == digests
         with task.using():
-            self.store.scatter(block_ids, kv, np.flatnonzero(right))
-        if right.all():
-            task.done()
+            self.store.scatter(task.blocks[0][at : at + count], kv, np.flatnonzero(right))
+        return ~right
+
+    def end(self, task: LoadTask, wrong: np.ndarray) -> None:
+        """All blocks of a load have come, of which some are damaged, (n,) bool."""
+        if wrong.any():
+            task.fail(KVError(f"{wrong.sum()} of {len(wrong)} blocks are damaged"), np.flatnonzero(wrong))
         else:
-            task.fail(KVError(f"{count - right.sum()} of {count} blocks are damaged"), np.flatnonzero(~right))
+            task.done()
 
 
 def _failed(task: LoadTask | SaveTask, error: Exception) -> None:
@@ -210,21 +227,34 @@ class Source:
     """Where a load's blocks are: picklable."""
 
     workers: tuple[str, ...]
-    transfer_id: str
+    offer: str
 
 
 @dataclasses.dataclass
 class _Lookup:
-    """A question to producers: `waiting` for whom, until when, and the best answer so far."""
+    """A question to producers.
 
-    ask: str
-    waiting: set[str]
-    deadline: float
+    Attributes:
+        waiting: producers that have not answered; for them until `deadline`.
+        best: the best answer so far.
+        heard: whether a producer knows the transfer, or knew it: one that is over is not waited for.
+        again_at: when an announced transfer may be asked for again.
+        until: when it is not asked for any more.
+    """
+
+    ask: str = ""
+    waiting: set[str] = dataclasses.field(default_factory=set)
+    deadline: float = 0.0
     best: dict[str, Any] | None = None
+    heard: bool = False
+    again_at: float = 0.0
+    until: float = 0.0
 
 
 class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
-    """Offers finished prompts in a `LookupBuffer`, and asks the other schedulers of the network for theirs."""
+    """Offers prompts in a `LookupBuffer`, when they are finished or as they are computed, and asks the other schedulers
+    of the network for theirs.
+    """
 
     def __init__(self, context: Context):
         super().__init__(context)
@@ -233,6 +263,7 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
         self.address = f"scheduler {context.engine_id}"
         self._lookups: dict[str, _Lookup] = {}  # by request id
         self._asks = itertools.count(1)
+        self._announced: dict[str, str] = {}  # transfer id -> request id, while the offer stands
         self.buffer: LookupBuffer | None = None
         if options.produces:
             self.buffer = LookupBuffer(
@@ -254,38 +285,52 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
     # ---- consumer
 
     def find(self, request: RequestView, num_local_tokens: int) -> Hit | AskAgain | None:
-        lookup = self._lookups.get(request.id)
+        now, lookup = self.context.clock(), self._lookups.get(request.id)
         if lookup is None:
-            lookup = self._lookups[request.id] = self._ask(request, num_local_tokens)
-        if lookup.waiting and self.context.clock() < lookup.deadline:
+            lookup = self._lookups[request.id] = _Lookup()
+            if classify(request.kv_transfer_params).announced:
+                lookup.until = now + self.context.options.announce_wait
+            self._ask(lookup, request, num_local_tokens)
+        if lookup.waiting and now < lookup.deadline:
             return ASK_AGAIN
         lookup.waiting.clear()
-        return Hit(lookup.best["num_tokens"], lookup.best) if lookup.best is not None else None
+        if lookup.best is not None:
+            return Hit(lookup.best["num_tokens"], lookup.best)
+        if lookup.heard or now >= lookup.until:
+            return None
+        if now >= lookup.again_at:
+            self._ask(lookup, request, num_local_tokens)
+        return ASK_AGAIN
 
-    def _ask(self, request: RequestView, num_local_tokens: int) -> _Lookup:
+    def _ask(self, lookup: _Lookup, request: RequestView, num_local_tokens: int) -> None:
         params = request.kv_transfer_params or {}
+        told = classify(params)
         producers, transfer_id = set(self.network.producers) - {self.address}, None
-        if params.get("do_remote_decode"):
+        if told.role is Role.DECODE_ELSEWHERE:
             producers = set()
-        elif isinstance(params.get("producer"), str) and isinstance(params.get("transfer_id"), str):
-            producers, transfer_id = producers & {params["producer"]}, params["transfer_id"]
-        ask = f"{self.address}/{next(self._asks)}"
+        elif told.announced or isinstance(params.get("producer"), str):
+            # The proxy names a producer by host and port, which nobody has here; the id is known to one of them only.
+            producers &= {params.get("producer")} if "producer" in params else producers
+            transfer_id = told.transfer_id
+        now = self.context.clock()
+        lookup.ask, lookup.waiting = f"{self.address}/{next(self._asks)}", producers
+        lookup.deadline, lookup.again_at = now + self.context.options.lookup_timeout, now + ASK_EVERY
         for address in sorted(producers):
             self.network.send(
                 address,
                 "find",
-                ask=ask,
+                ask=lookup.ask,
                 reply_to=self.address,
                 keys=request.keys.to_wire(),
                 transfer_id=transfer_id,
                 min_tokens=num_local_tokens,
             )
-        return _Lookup(ask, producers, self.context.clock() + self.context.options.lookup_timeout)
 
-    def on_found(self, *, ask: str, producer: str, claim: dict[str, Any] | None) -> None:
+    def on_found(self, *, ask: str, producer: str, claim: dict[str, Any] | None, heard: bool) -> None:
         for lookup in self._lookups.values():
             if lookup.ask == ask and producer in lookup.waiting:
                 lookup.waiting.discard(producer)
+                lookup.heard = lookup.heard or heard
                 if claim is not None:
                     worse = claim
                     if lookup.best is None or claim["num_tokens"] > lookup.best["num_tokens"]:
@@ -299,7 +344,7 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             self.network.send(claim["producer"], "release", claim_id=claim["claim_id"], used=used)
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Source:
-        return Source(tuple(hit.source["workers"]), hit.source["transfer_id"])
+        return Source(tuple(hit.source["workers"]), hit.source["offer"])
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
         del self._lookups[request.id]
@@ -314,13 +359,49 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
 
     def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
         assert self.buffer is not None
+        transfer_id = self._chosen_id(request)
         try:
-            offer = self.buffer.insert(request.keys, blocks[0])
-        except (OfferTooLarge, BufferFull) as error:
+            if transfer_id is not None and self._announced.get(transfer_id) == request.id:
+                offer = self.buffer.complete(transfer_id, blocks[0])
+            elif transfer_id is not None and self.buffer.over(transfer_id):
+                offer = None
+            else:
+                offer = self.buffer.insert(request.keys, blocks[0], transfer_id)
+        except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.info("request %s is not offered: %s", request.id, error)
             return None
-        params = {"do_remote_prefill": True, "producer": self.address, "transfer_id": offer.transfer_id}
-        return Keep(offer.transfer_id, params)
+        if offer is None:
+            return None  # a consumer has all of it already, or nobody waits for it any more
+        params = {
+            "do_remote_prefill": True,
+            "producer": self.address,
+            "transfer_id": offer.transfer_id,
+            "remote_block_ids": [],  # there already, unlike an announced transfer's
+        }
+        return Keep(offer_name(offer.transfer_id, offer.generation), params)
+
+    def announced(self, request: RequestView) -> str | None:
+        transfer_id = self._chosen_id(request)
+        if self.buffer is None or transfer_id is None:
+            return None
+        try:
+            generation = self.buffer.announce(request.keys, transfer_id)
+        except (OfferTooLarge, BufferFull, ValueError) as error:
+            logger.info("request %s is not announced: %s", request.id, error)
+            return None
+        self._announced[transfer_id] = request.id
+        return offer_name(transfer_id, generation)
+
+    def broken_off(self, request: RequestView, hold_id: str) -> None:
+        transfer_id = self._chosen_id(request)
+        if self.buffer is not None and transfer_id is not None:
+            self.buffer.break_off(transfer_id)
+
+    @staticmethod
+    def _chosen_id(request: RequestView) -> str | None:
+        """The transfer id that a proxy has chosen for this prefill."""
+        params = classify(request.kv_transfer_params)
+        return params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None
 
     def on_find(
         self, *, ask: str, reply_to: str, keys: dict[str, Any], transfer_id: str | None, min_tokens: int
@@ -336,11 +417,13 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
             found = {
                 "producer": self.address,
                 "claim_id": claim.claim_id,
-                "transfer_id": claim.transfer_id,
+                "offer": offer_name(claim.transfer_id, claim.generation),
                 "num_tokens": claim.num_tokens,
                 "workers": self._workers,
             }
-        self.network.send(reply_to, "found", ask=ask, producer=self.address, claim=found)
+        # An announced transfer that nobody has heard of is still to come.
+        heard = transfer_id is None or self.buffer.standing(transfer_id) or self.buffer.over(transfer_id)
+        self.network.send(reply_to, "found", ask=ask, producer=self.address, claim=found, heard=heard)
 
     def on_release(self, *, claim_id: str, used: bool) -> None:
         assert self.buffer is not None
@@ -357,17 +440,54 @@ class HandOverScheduler(ProducerScheduler, ConsumerScheduler):
         if self.buffer is not None:
             self.buffer.expire()
             for ended in self.buffer.take_ended():
-                self.holds.give_back(ended.transfer_id)
+                self._announced.pop(ended.transfer_id, None)
+                self.holds.give_back(offer_name(ended.transfer_id, ended.generation))
 
     def reset(self) -> bool:
         if self.buffer is not None:
             self.buffer.evict_all_unclaimed()
+            # What is claimed or still computed can be found by others.
+            return self.buffer.num_offers == 0
         return True
 
     def close(self) -> None:
         self.network.leave(self.address)
         if self.buffer is not None:
             self.buffer.close()
+
+
+@dataclasses.dataclass
+class Offered:
+    """A hold's blocks.
+
+    Attributes:
+        blocks: those that are computed, int32.
+        num_blocks: of the whole prompt.
+    """
+
+    blocks: np.ndarray
+    num_blocks: int
+
+
+@dataclasses.dataclass
+class _Asked:
+    """What a consumer still wants of an offer: `count` blocks from the prompt's block `first` on."""
+
+    read: int
+    reply_to: str
+    offer: str
+    first: int
+    count: int
+    deadline: float
+
+
+@dataclasses.dataclass
+class _Load:
+    """A load under way: which of the task's blocks have come, and which of these are damaged, (n,) bool."""
+
+    task: LoadTask
+    came: np.ndarray
+    wrong: np.ndarray
 
 
 class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
@@ -377,10 +497,10 @@ class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
         super().__init__(context)
         self.network = Network.named(context.options.extra.get("network"))
         self.address = f"worker {context.rank} of {context.engine_id}"
-        self._offers: dict[str, np.ndarray] = {}
+        self._offers: dict[str, Offered] = {}
         self._ended: collections.deque[str] = collections.deque(maxlen=1000)
-        self._early: list[tuple[float, dict[str, Any]]] = []
-        self._reads: dict[int, LoadTask] = {}
+        self._asked: list[_Asked] = []
+        self._loads: dict[int, _Load] = {}
         self._read_ids = itertools.count(1)
         self.network.join(self.address, self._receive)
 
@@ -394,59 +514,87 @@ class HandOverWorker(_Moves, ProducerWorker, ConsumerWorker):
     # ---- producer
 
     def kept(self, hold_id: str, blocks: BlockIds) -> None:
-        self._offers[hold_id] = blocks[0]
-        early, self._early = self._early, []
-        now = self.context.clock()
-        for deadline, read in early:
-            if now < deadline:
-                self.on_read(**read)
+        self._offers[hold_id] = Offered(blocks[0], len(blocks[0]))
+        self._answer()
+
+    def grew(self, hold_id: str, first_block: int, blocks: BlockIds, num_blocks: int, fence: Any) -> None:
+        offer = self._offers.setdefault(hold_id, Offered(np.zeros(0, np.int32), num_blocks))
+        offer.blocks = np.concatenate([offer.blocks, blocks[0]])
+        self._answer()
 
     def let_go(self, hold_id: str) -> None:
         self._offers.pop(hold_id, None)
         self._ended.append(hold_id)
+        self._answer()
 
-    def on_read(self, *, read: int, reply_to: str, transfer_id: str, first: int, count: int) -> None:
-        blocks = self._offers.get(transfer_id)
-        if blocks is None and transfer_id not in self._ended:
-            # The consumer may hear of an offer a step before this worker does.
-            asked = dict(read=read, reply_to=reply_to, transfer_id=transfer_id, first=first, count=count)
-            self._early.append((self.context.clock() + self.context.options.load_timeout, asked))
-            return
-        if blocks is None or not 0 <= first < first + count <= len(blocks):
-            self.network.send(reply_to, "refused", read=read, reason=f"transfer {transfer_id} has no such blocks")
-            return
-        kv, digests = self.pack(blocks[first : first + count], first)
-        self.network.send(reply_to, "blocks", kv, read=read, digests=digests)
+    def on_read(self, *, read: int, reply_to: str, offer: str, first: int, count: int) -> None:
+        deadline = self.context.clock() + self.context.options.load_timeout
+        self._asked.append(_Asked(read, reply_to, offer, first, count, deadline))
+        self._answer()
+
+    def _answer(self) -> None:
+        """Send to everybody what there is of what was asked for."""
+        now = self.context.clock()
+        self._asked = [asked for asked in self._asked if now < asked.deadline and self._waits(asked)]
+
+    def _waits(self, asked: _Asked) -> bool:
+        """Send what there is; whether there is more to come."""
+        offer, first, count = self._offers.get(asked.offer), asked.first, asked.count
+        if offer is None and asked.offer not in self._ended:
+            return True  # the consumer may hear of an offer a step before this worker does
+        if offer is None or not 0 <= first < first + count <= offer.num_blocks:
+            reason = f"offer {asked.offer} has no such blocks"
+            self.network.send(asked.reply_to, "refused", read=asked.read, reason=reason)
+            return False
+        ready = self.ready(offer, first, count)
+        if len(ready):
+            kv, digests = self.pack(ready, first)
+            self.network.send(asked.reply_to, "blocks", kv, read=asked.read, first=first, digests=digests)
+        asked.first, asked.count = first + len(ready), count - len(ready)
+        return asked.count > 0
+
+    def ready(self, offer: Offered, first: int, count: int) -> np.ndarray:
+        """Those of `count` blocks from the prompt's block `first` on that can be read now."""
+        return offer.blocks[first : first + count]
 
     # ---- consumer
 
     def load(self, task: LoadTask) -> None:
-        self._reads = {name: one for name, one in self._reads.items() if not one.ended}
-        read = next(self._read_ids)
-        self._reads[read] = task
+        self._loads = {name: one for name, one in self._loads.items() if not one.task.ended}
+        read, count = next(self._read_ids), len(task.blocks[0])
+        self._loads[read] = _Load(task, np.zeros(count, bool), np.zeros(count, bool))
         self.network.send(
             task.source.workers[self.context.rank],
             "read",
             read=read,
             reply_to=self.address,
-            transfer_id=task.source.transfer_id,
+            offer=task.source.offer,
             first=task.first_block,
-            count=len(task.blocks[0]),
+            count=count,
         )
 
-    def on_blocks(self, *, read: int, digests: np.ndarray, kv: torch.Tensor) -> None:
-        task = self._reads.pop(read, None)
-        if task is None:
+    def on_blocks(self, *, read: int, first: int, digests: np.ndarray, kv: torch.Tensor) -> None:
+        load = self._loads.get(read)
+        if load is None:
             return
+        at = first - load.task.first_block
+        part = slice(at, at + len(digests))
         try:
-            self.unpack(task, kv, digests)
+            load.wrong[part] = self.write(load.task, at, kv, digests)
+            load.came[part] = True
+            if load.came.all():
+                self.end(load.task, load.wrong)
         except TaskEnded as ended:
             logger.debug("%s", ended)
+        except KVError as error:
+            _failed(load.task, error)
+        if load.task.ended:
+            del self._loads[read]
 
     def on_refused(self, *, read: int, reason: str) -> None:
-        task = self._reads.pop(read, None)
-        if task is not None:
-            _failed(task, KVError(reason))
+        load = self._loads.pop(read, None)
+        if load is not None:
+            _failed(load.task, KVError(reason))
 
     def close(self) -> None:
         self.network.leave(self.address)
@@ -527,7 +675,7 @@ class StoreWorker(_Moves, ProducerWorker, ConsumerWorker):
         task = self._tasks.pop(message.fields["task"], None)
         try:
             if isinstance(task, LoadTask) and message.kv is not None:
-                self.unpack(task, message.kv, message.fields["digests"])
+                self.end(task, self.write(task, 0, message.kv, message.fields["digests"]))
             elif isinstance(task, SaveTask):
                 self.put(task)
         except TaskEnded as ended:

@@ -99,6 +99,46 @@ class ConnectorMachine(RuleBasedStateMachine):
         consumers = [i for i, role in enumerate(self.world.roles) if role != "kv_producer"]
         self._do("add", consumers[engine % len(consumers)], prompt, 3, after=after)
 
+    @precondition(lambda self: self.subject.capabilities.early_announcement)
+    @rule(
+        engines=st.sampled_from([(0, 1), (0, 1), (0, 2), (0, 1), (None, 1), (0, None)]),
+        length=st.integers(1, 48),
+        family=st.integers(1, 3),
+        shared=st.sampled_from([0, 0, 4, 12]),
+        salt=st.sampled_from([None, None, None, "pepper"]),
+        max_tokens=st.integers(1, 8),
+        prefill_tokens=st.sampled_from([1, 1, 1, 5]),
+        transfer=st.sampled_from([None, None, None, None, "one", "two"]),
+        rounds=st.sampled_from([0, 0, 1, 2, 3]),
+    )
+    def announce(
+        self,
+        engines: tuple[int | None, ...],
+        length: int,
+        family: int,
+        shared: int,
+        salt: str | None,
+        max_tokens: int,
+        prefill_tokens: int,
+        transfer: str | None,
+        rounds: int,
+    ) -> None:
+        """A prompt is sent to a producer and to a consumer at once, or to one of them alone; perhaps with a transfer id
+        that was used before. Then both do some of it.
+        """
+        assert self.world is not None
+        producer, consumer = engines = tuple(
+            None if one is None else min(one, len(self.world.engines) - 1) for one in engines
+        )
+        prompt = Prompt(length, family, shared, salt)
+        self._do("announce", producer, consumer, prompt, max_tokens, prefill_tokens=prefill_tokens, transfer=transfer)
+        for _ in range(rounds):
+            for engine in engines:
+                if engine is not None:
+                    self._do("step", engine)
+            if self.subject.by_hand:
+                self._do("message", "deliver_all")
+
     @precondition(lambda self: self.world is not None and self.world.sent)
     @rule(which=_some)
     def abort(self, which: int) -> None:
@@ -121,7 +161,7 @@ class ConnectorMachine(RuleBasedStateMachine):
             if self.subject.by_hand:
                 self._do("message", "deliver_all")
 
-    @rule(seconds=st.sampled_from([0.5, 2.0, 11.0, 31.0, 480.0]))
+    @rule(seconds=st.sampled_from([0.02, 0.02, 0.5, 2.0, 11.0, 31.0, 480.0]))
     def advance(self, seconds: float) -> None:
         self._do("advance", seconds)
 

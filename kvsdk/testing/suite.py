@@ -40,7 +40,7 @@ from typing import Any, ClassVar
 import pytest
 
 from kvsdk.testing.capabilities import Capabilities
-from kvsdk.testing.world import BOTH, ENGINE, HANDOVER, Prompt, Subject, World
+from kvsdk.testing.world import BOTH, ENGINE, HANDOVER, STEP_SECONDS, Prompt, Subject, World
 
 BLOCK = ENGINE["block_size"]
 
@@ -647,12 +647,232 @@ class BasePeers:
 
 
 @optional
+class BaseEarlyAnnouncement:
+    """A proxy sends a prompt to both servers at once, and it comes over while it is computed."""
+
+    WAIT = 20.0
+    """Seconds that an announced transfer may take to begin; one that is over is given up long before."""
+
+    def world(self, subject: Subject, announce_wait: float = WAIT, **engine: Any) -> World:
+        options = {"announce_wait": announce_wait, "lookup_timeout": 5.0, "load_timeout": 5.0}
+        return World(subject, options=options if subject.ours else None, **engine)
+
+    @needs("early_announcement")
+    @pytest.mark.parametrize("runner", [1, 2])
+    @pytest.mark.parametrize("in_flight", [1, 2])
+    def test_a_part_is_there_before_the_prompt_is_computed(
+        self, subject: Subject, seed: int, in_flight: int, runner: int
+    ) -> None:
+        with self.world(subject, async_scheduling=in_flight == 2, model_runner=runner) as world:
+            prompt = Prompt(5 * ENGINE["max_num_batched_tokens"] + 3, family=1 + seed % 9)
+            first, second = world.announce(0, 1, prompt, 4)
+            step_both(world, 2)
+            until(world, lambda: world.engines[1].written > 0, "nothing comes over while the prompt is computed")
+            assert not world.ended(first)
+            world.run(first, second)
+            check_loaded(world, second, prompt.length)
+
+    @needs("early_announcement")
+    @pytest.mark.parametrize("prefill_tokens", [1, 5])
+    def test_a_prompt_is_loaded_whole(self, subject: Subject, seed: int, prefill_tokens: int) -> None:
+        with self.world(subject) as world:
+            for i, length in enumerate([2, BLOCK - 1, BLOCK, BLOCK + 1, 24, 25, 70]):
+                prompt = Prompt(length, family=1 + (seed + i) % 97)
+                first, second = world.announce(0, 1, prompt, 4, prefill_tokens=prefill_tokens)
+                world.run(first, second)
+                check_loaded(world, second, length)
+
+    @needs("early_announcement")
+    def test_the_decode_server_may_be_the_first_to_know(self, subject: Subject, seed: int) -> None:
+        with self.world(subject) as world:
+            first, second = world.announce(0, 1, Prompt(50, family=1 + seed % 9), 4)
+            for _ in range(10):
+                step_and_wait(world, 1)
+            world.run(first, second)
+            check_loaded(world, second, 50)
+
+    @needs("early_announcement")
+    def test_a_prompt_of_one_token_is_answered(self, subject: Subject, seed: int) -> None:
+        with self.world(subject, announce_wait=0.5) as world:
+            world.run(*world.announce(0, 1, Prompt(1, family=1 + seed % 9), 4))
+
+    @needs("early_announcement")
+    @pytest.mark.parametrize("side", ["producer", "consumer", "both"])
+    def test_what_a_server_has_itself_is_left_alone(self, subject: Subject, seed: int, side: str) -> None:
+        with self.world(subject) as world:
+            family, shared = 1 + seed % 9, 5 * BLOCK
+            start = Prompt(shared + 1, family, shared)
+            for engine, name in enumerate(["producer", "consumer"]):
+                if side in (name, "both"):
+                    world.run(world.add(engine, start))
+            before = world.engines[1].written
+            prompt = Prompt(70, family + 20, shared)
+            first, second = world.announce(0, 1, prompt, 4)
+            world.run(first, second)
+            check_loaded(world, second, prompt.length)
+            moved = world.engines[1].written - before
+            assert moved <= -(-prompt.length // BLOCK) - (0 if side == "producer" else shared // BLOCK)
+
+    @needs("early_announcement", "tensor_parallel")
+    def test_two_ranks(self, subject: Subject, seed: int) -> None:
+        with self.world(subject, world_size=2, async_scheduling=True) as world:
+            prompt = Prompt(70, family=1 + seed % 9)
+            first, second = world.announce(0, 1, prompt, 4)
+            world.run(first, second)
+            check_loaded(world, second, prompt.length)
+
+    @needs("early_announcement")
+    @pytest.mark.parametrize("runner", [1, 2])
+    @pytest.mark.parametrize("in_flight", [1, 2])
+    def test_pools_so_small_that_vllm_preempts(self, subject: Subject, seed: int, in_flight: int, runner: int) -> None:
+        with self.world(subject, num_blocks=18, async_scheduling=in_flight == 2, model_runner=runner) as world:
+            for batch in (prompts(seed, 5), prompts(seed + 1, 5)):
+                sent = [
+                    world.announce(0, 1, prompt, 12, prefill_tokens=1 if i % 2 else 10)
+                    for i, prompt in enumerate(batch)
+                ]
+                world.run(*(number for pair in sent for number in pair))
+
+    @needs("early_announcement")
+    def test_a_prefill_that_is_aborted_costs_a_computation(self, subject: Subject, seed: int) -> None:
+        with self.world(subject) as world:
+            for steps in range(1, 6):
+                prompt = Prompt(100, family=steps + seed % 97)
+                first, second = world.announce(0, 1, prompt, 4)
+                step_both(world, steps)
+                world.abort(first)
+                self.soon(world, second)
+
+    @needs("early_announcement")
+    def test_a_decode_that_is_aborted_leaves_nothing(self, subject: Subject, seed: int) -> None:
+        with self.world(subject) as world:
+            for steps in range(6):
+                prompt = Prompt(100, family=steps + seed % 97)
+                first, second = world.announce(0, 1, prompt, 4)
+                step_both(world, steps)
+                world.abort(second)
+                world.run(first)
+
+    @needs("early_announcement")
+    def test_a_transfer_that_was_broken_off_is_neither_found_nor_waited_for(self, subject: Subject, seed: int) -> None:
+        with self.world(subject) as world:
+            prompt = Prompt(100, family=1 + seed % 9)
+            first, _ = world.announce(0, None, prompt, transfer="broken-off")
+            world.step(0)
+            world.abort(first)
+            world.run(world.add(0, Prompt(9, family=30)))
+            _, second = world.announce(None, 1, prompt, 4, transfer="broken-off")
+            self.soon(world, second)
+            answers = world.engines[1].answers.get(world.name(second), [])
+            assert not any(answers), f"the prefill was aborted, and a lookup answered {answers} tokens"
+
+    @needs("early_announcement")
+    def test_a_transfer_that_never_begins_is_waited_for_and_then_computed(self, subject: Subject, seed: int) -> None:
+        with self.world(subject, announce_wait=0.5) as world:
+            began = world.clock()
+            _, second = world.announce(None, 1, Prompt(50, family=1 + seed % 9), 4)
+            world.run(second)
+            seconds = world.clock() - began
+            assert world.cached(second) == 0
+            assert not subject.ours or 0.4 < seconds < 10, f"with announce_wait=0.5 it was waited for {seconds:.1f} s"
+
+    @needs("early_announcement")
+    def test_an_id_that_comes_again_is_another_transfer(self, subject: Subject, seed: int) -> None:
+        with self.world(subject, announce_wait=1.0) as world:
+            for i in range(3):
+                first, second = world.announce(0, 1, Prompt(50, family=i + seed % 97), 4, transfer="again")
+                world.run(first, second)
+
+    @needs("early_announcement", "by_hand")
+    @pytest.mark.parametrize("again", [False, True])
+    def test_what_is_read_after_the_prefill_was_aborted_does_not_count(
+        self, subject: Subject, seed: int, again: bool
+    ) -> None:
+        """The read comes late: the blocks have another prompt's KV, and perhaps the transfer id stands for it."""
+        with self.world(subject, num_blocks=18) as world:
+            family = 1 + seed % 9
+            world.deliver_at_once = False
+            first, second = world.announce(0, 1, Prompt(60, family), 4, prefill_tokens=8, transfer="late")
+            for _ in range(4):
+                world.step(0)
+            for _ in range(10):
+                world.step(1)
+                if world.loading(second):
+                    break
+                world.message("deliver_all")
+            assert world.loading(second)
+            world.abort(first)
+            world.step(0)
+            if again:
+                world.announce(0, None, Prompt(60, family + 20), transfer="late")
+            else:
+                world.add(0, Prompt(60, family + 20))
+            for _ in range(6):
+                world.step(0)
+            world.deliver_at_once = True
+            world.run(second)
+
+    @needs("early_announcement", "lossy", "by_hand")
+    @pytest.mark.parametrize("fault", ["drop", "duplicate", "corrupt", "postpone"])
+    def test_one_message(self, subject: Subject, seed: int, fault: str) -> None:
+        """Something happens to one message, be it the first or a later one; all others arrive."""
+        if fault == "corrupt" and not subject.capabilities.verifies:
+            fault = "drop"
+        for which in range(10):
+            with self.world(subject) as world:
+                world.deliver_at_once = False
+                world.announce(0, 1, Prompt(80, family=1 + seed % 9), 4)
+                seen = 0
+                for _ in range(14):
+                    world.step(0)
+                    world.step(1)
+                    world.advance(STEP_SECONDS)
+                    for _ in range(2):
+                        if world.network.pending:
+                            if seen == which:
+                                world.message(fault)
+                            seen += 1
+                            world.message("deliver")
+                world.deliver_at_once = True
+
+    def soon(self, world: World, number: int) -> None:
+        """The request is answered long before anybody stops to wait for its transfer."""
+        began = world.clock()
+        world.run(number)
+        seconds = world.clock() - began
+        assert seconds < self.WAIT / 2, f"it took {seconds:.1f} s: a transfer that is over was waited for"
+
+
+def step_both(world: World, rounds: int) -> None:
+    for _ in range(rounds):
+        world.step(0)
+        world.step(1)
+
+
+def step_and_wait(world: World, engine: int) -> None:
+    """A step, and what else takes time meanwhile."""
+    world.step(engine)
+    if world.by_hand:
+        world.advance(STEP_SECONDS)
+    else:
+        time.sleep(0.002)
+
+
+def until(world: World, done: Callable[[], bool], otherwise: str) -> None:
+    """Step the consumer, and nobody else, until something has happened."""
+    deadline, rounds = time.monotonic() + 20.0, 0
+    while not done():
+        rounds += 1
+        assert rounds < 200 if world.by_hand else time.monotonic() < deadline, f"{otherwise}; {world.explain(-1)}"
+        step_and_wait(world, 1)
+
+
+@optional
 class BaseDeclared:
     """Says what the suite leaves open."""
 
     UNTESTED: ClassVar[Mapping[str, str]] = {
         "push": "the suite does not see which side begins",
-        "early_announcement": "the suite has no test of it",
         "unequal_tensor_parallel": "the suite has no test of it",
         "hybrid_groups": "the suite has no test of it",
     }
@@ -714,6 +934,10 @@ class TestPeers(BasePeers):
     pass
 
 
+class TestEarlyAnnouncement(BaseEarlyAnnouncement):
+    pass
+
+
 class TestDeclared(BaseDeclared):
     pass
 
@@ -723,6 +947,7 @@ __all__ = [
     "TestAnswers",
     "TestBlocks",
     "TestDeclared",
+    "TestEarlyAnnouncement",
     "TestEnding",
     "TestFailures",
     "TestHistories",

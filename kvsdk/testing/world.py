@@ -24,6 +24,7 @@ from kvsdk.errors import ConfigError
 from kvsdk.testing.capabilities import Capabilities
 from kvsdk.testing.in_process import Network
 from kvsdk.testing.local import importable, where
+from kvsdk.transfer_params import announce_params
 
 if TYPE_CHECKING:
     from kvsdk.testing.engine_process import EngineProcess
@@ -35,7 +36,7 @@ BOTH = ("kv_both", "kv_both")
 ENGINE = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 24, "max_num_seqs": 6, "max_model_len": 256}
 """Small blocks and steps: prompts of a few dozen tokens have several blocks and are computed in chunks."""
 
-DEADLINES = {"lease": 30.0, "lookup_timeout": 1.0, "load_timeout": 30.0}
+DEADLINES = {"lease": 30.0, "lookup_timeout": 1.0, "announce_wait": 2.0, "load_timeout": 30.0}
 
 
 STEP_SECONDS = 0.02
@@ -324,11 +325,52 @@ class World:
                 params = self.engines[self.sent[after].engine].params.get(self.name(after))
             elif self.subject.capabilities.finds_by_params and self.roles[engine] == "kv_producer":
                 params = {"do_remote_decode": True}
-            self.sent.append(_Sent(engine, prompt, max_tokens, self.incarnations[engine], params))
-            self.engines[engine].add(
-                self.name(number), prompt.tokens, max_tokens=max_tokens, salt=prompt.salt, params=params
-            )
+            self._send(engine, prompt, max_tokens, params)
         return number
+
+    def _send(self, engine: int, prompt: Prompt, max_tokens: int, params: Mapping[str, Any] | None) -> int:
+        number = len(self.sent)
+        self.sent.append(_Sent(engine, prompt, max_tokens, self.incarnations[engine], params))
+        self.engines[engine].add(
+            self.name(number), prompt.tokens, max_tokens=max_tokens, salt=prompt.salt, params=params
+        )
+        return number
+
+    def announce(
+        self,
+        producer: int | None,
+        consumer: int | None,
+        prompt: Prompt | int,
+        max_tokens: int = 1,
+        *,
+        prefill_tokens: int = 1,
+        transfer: str | None = None,
+    ) -> tuple[int, int]:
+        """Send a prompt to two engines at once, with one transfer id, as a proxy that announces transfers does.
+
+        Args:
+            producer: None for a proxy whose prefill request never arrives.
+            consumer: None for one whose decode request does not.
+            max_tokens: of the consumer's answer.
+            prefill_tokens: of the producer's.
+            transfer: the transfer's id; one that was never used unless given.
+
+        Returns:
+            the two requests' numbers, -1 for one that was not sent.
+        """
+        prompt = Prompt(prompt) if isinstance(prompt, int) else prompt
+        entry = ("announce", producer, consumer, prompt, max_tokens, prefill_tokens, transfer)
+        with self._operation(*entry[: 7 if transfer else 6 if prefill_tokens != 1 else 5]):
+            chosen = producer
+            if chosen is None:
+                chosen = next(i for i, role in enumerate(self.roles) if role != "kv_consumer" and i != consumer)
+            # Where messages are in a test's hands there are no ports; but a proxy always names one.
+            params = announce_params(
+                transfer or f"transfer-{len(self.sent)}", "127.0.0.1", self._ports[chosen] or 1 + chosen
+            )
+            second = -1 if consumer is None else self._send(consumer, prompt, max_tokens, params[1])
+            first = -1 if producer is None else self._send(producer, prompt, prefill_tokens, params[0])
+        return first, second
 
     def step(self, engine: int, gap: int = 0) -> None:
         """One step of an engine.
@@ -395,6 +437,8 @@ class World:
         for operation, *args in history:
             if operation == "add" and len(args) > 3:
                 self.add(*args[:3], after=args[3])
+            elif operation == "announce":
+                self.announce(*args[:4], **dict(zip(("prefill_tokens", "transfer"), args[4:], strict=False)))
             else:
                 getattr(self, operation)(*args)
 

@@ -64,6 +64,7 @@ class Audit:
     Attributes:
         loading: ids of requests whose asynchronous load is under way.
         answers: tokens that the connector said could be loaded, each time it was asked, by request id.
+        written: blocks that the connector changed for loads so far, over all ranks.
     """
 
     def __init__(self, engine: Engine):
@@ -76,6 +77,7 @@ class Audit:
         self._grants: list[dict[str, _Grant]] = [{} for _ in engine.workers]
         self.loading: set[str] = set()
         self.answers: dict[str, list[int]] = {}
+        self.written = 0
         self._delayed: set[str] = set()
         self._snapshots = [[words.copy() for words in worker.words] for worker in engine.workers]
         for connector in (engine.connector, *(worker.connector for worker in engine.workers)):
@@ -184,6 +186,7 @@ class Audit:
                 f"rank {worker.rank}: the connector wrote block {wrong[0]}, which no open load was granted: "
                 f"{self._owner(int(wrong[0]))}"
             )
+        self.written += int(np.count_nonzero(changed))
         self.accept(worker, np.flatnonzero(changed).tolist())
 
     def _owner(self, block_id: int) -> str:

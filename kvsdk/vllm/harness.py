@@ -690,6 +690,11 @@ class Engine:
         return self.audit.answers if self.audit is not None else {}
 
     @property
+    def written(self) -> int:
+        """Blocks that the connector changed for loads so far, over all ranks; known with an audit."""
+        return self.audit.written if self.audit is not None else 0
+
+    @property
     def unfinished(self) -> list[str]:
         return [id for id, request in self.scheduler.requests.items() if not request.is_finished()]
 

@@ -39,8 +39,8 @@ def announced(p, transfer_id="transfer-1"):
 
 def offered(p, transfer_id):
     """Blocks of a transfer that the producer's worker has told of so far."""
-    offer = p.workers[0].connector._half._offers._offers.get(transfer_id)
-    return len(offer.block_ids) if offer is not None else 0
+    offers = p.workers[0].connector._half._offers._offers.items()
+    return sum(len(offer.block_ids) for name, offer in offers if name.startswith(f"{transfer_id}/"))
 
 
 def ask_both(p, d, tokens, name="r", max_tokens=8, prefill_tokens=1, **more):

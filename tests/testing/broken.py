@@ -20,9 +20,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
+from kvsdk.buffer import offer_name
 from kvsdk.buffer.keys import prefix_keys, separator
 from kvsdk.connector import Connector, Hit
-from kvsdk.errors import TaskEnded
 from kvsdk.testing.capabilities import IN_PROCESS_HANDOVER, IN_PROCESS_STORE, Capabilities
 from kvsdk.testing.in_process import (
     HandOverConnector,
@@ -34,6 +34,7 @@ from kvsdk.testing.in_process import (
     StoreScheduler,
     StoreWorker,
 )
+from kvsdk.vllm.binding import bind
 
 KEY = 16
 
@@ -233,7 +234,7 @@ class NeverFrees(NativeStore):
 class _NoLease(HandOverScheduler):
     def tick(self):
         for ended in self.buffer.take_ended() if self.buffer is not None else ():
-            self.holds.give_back(ended.transfer_id)
+            self.holds.give_back(offer_name(ended.transfer_id, ended.generation))
 
     give_up = HandOverScheduler.give_up
 
@@ -351,12 +352,16 @@ class LooksTheSameBadBlockUpAgain(NativeStore):
 # ---- what is loaded
 
 
+def blocks_of(task, at, digests):
+    """The part of a load's blocks that came."""
+    return task.blocks[0][at : at + len(digests)]
+
+
 class _DropsTheTail(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(block_ids, kv, np.arange(len(block_ids) - 1))
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv, np.arange(len(digests) - 1))
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 15, says="wrong KV")
@@ -365,11 +370,10 @@ class DropsTheTail(hand_over(worker=_DropsTheTail)):
 
 
 class _SwapsTwoBlocks(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(np.ascontiguousarray(block_ids[::-1]), kv)
-        task.done()
+            self.store.scatter(np.ascontiguousarray(blocks_of(task, at, digests)[::-1]), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="wrong KV")
@@ -378,11 +382,10 @@ class SwapsTwoBlocks(hand_over(worker=_SwapsTwoBlocks)):
 
 
 class _ShiftsByOneLayer(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        (block_ids,) = task.blocks
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(block_ids, kv.roll(len(kv) // len(self.store.layout.layers)))
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv.roll(len(kv) // len(self.store.layout.layers)))
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseAnswers.test_a_prompt_is_loaded_whole", 12, says="wrong KV")
@@ -402,10 +405,10 @@ class ReportsDoneBeforeItIs(hand_over(worker=_DoneBeforeItIs)):
 
 
 class _NoDigest(HandOverWorker):
-    def unpack(self, task, kv, digests):
+    def write(self, task, at, kv, digests):
         with task.using():
-            self.store.scatter(task.blocks[0], kv)
-        task.done()
+            self.store.scatter(blocks_of(task, at, digests), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseFailures.test_a_damaged_message", 3, says="wrong KV")
@@ -414,10 +417,8 @@ class ChecksNoDigest(hand_over(worker=_NoDigest)):
 
 
 class _UsesFailedKV(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        fail, task.fail = task.fail, lambda error, failed=None: task.done()
-        super().unpack(task, kv, digests)
-        task.fail = fail
+    def end(self, task, wrong):
+        task.done()
 
 
 @found_by("BaseFailures.test_a_damaged_message", 3, says="wrong KV")
@@ -426,12 +427,9 @@ class UsesFailedKV(hand_over(worker=_UsesFailedKV)):
 
 
 class _WritesAfterTheEnd(HandOverWorker):
-    def unpack(self, task, kv, digests):
-        self.store.scatter(task.blocks[0], kv)
-        try:
-            task.done()
-        except TaskEnded:
-            self.late = True
+    def write(self, task, at, kv, digests):
+        self.store.scatter(blocks_of(task, at, digests), kv)
+        return np.zeros(len(digests), bool)
 
 
 @found_by("BaseFailures.test_an_answer_that_comes_too_late_is_left_alone", 3, says="no open load was granted|wrong KV")
@@ -452,7 +450,7 @@ class _TrustsTheId(HandOverScheduler):
     def finished(self, request, blocks):
         keep = super().finished(request, blocks)
         if keep is not None:
-            self.offered[keep.hold_id] = request.keys.to_wire()
+            self.offered[keep.params["transfer_id"]] = request.keys.to_wire()
         return keep
 
     def on_find(self, *, keys, transfer_id, **more):
@@ -480,10 +478,151 @@ class _KeepsOffers(HandOverWorker):
     def let_go(self, hold_id):
         self._ended.append(hold_id)
 
-    def unpack(self, task, kv, digests):
-        with task.using():
-            self.store.scatter(task.blocks[0], kv)
-        task.done()
+    write = _NoDigest.write
+
+
+# ---- announced transfers
+
+
+class GrowsOneStepTooEarly(bind(HandOverConnector)):
+    """Tells the worker half of blocks before the step that computes them."""
+
+    by_hand = True
+
+    def bind_connector_metadata(self, connector_metadata):
+        super().bind_connector_metadata(connector_metadata)
+        self._worker.start_saves()
+
+
+found_by(
+    "BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed",
+    1,
+    1,
+    says="wrong KV",
+    can=IN_PROCESS_HANDOVER,
+)(GrowsOneStepTooEarly)
+
+
+class _ReadsPastTheEnd(HandOverWorker):
+    def ready(self, offer, first, count):
+        ready = super().ready(offer, first, count)
+        return np.concatenate([ready, np.repeat(offer.blocks[-1:], count - len(ready))])
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 1, 1, says="wrong KV")
+class ReadsPastWhatIsThere(hand_over(worker=_ReadsPastTheEnd)):
+    pass
+
+
+class _WaitsForTheEnd(HandOverWorker):
+    def ready(self, offer, first, count):
+        ready = super().ready(offer, first, count)
+        return ready if len(ready) == count else ready[:0]
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 1, 1, says="nothing comes over")
+class SendsNothingBeforeTheEnd(hand_over(worker=_WaitsForTheEnd)):
+    pass
+
+
+class _EndsWithTheFirstPart(HandOverWorker):
+    def on_blocks(self, *, read, **more):
+        if read in self._loads:
+            self._loads[read].came[:] = True
+        super().on_blocks(read=read, **more)
+
+
+@found_by("BaseEarlyAnnouncement.test_a_part_is_there_before_the_prompt_is_computed", 2, 2, says="wrong KV")
+class IsDoneWithTheFirstPart(hand_over(worker=_EndsWithTheFirstPart)):
+    pass
+
+
+class _AsksOnce(HandOverScheduler):
+    def _ask(self, lookup, request, num_local_tokens):
+        super()._ask(lookup, request, num_local_tokens)
+        lookup.until = 0.0
+
+
+@found_by("BaseEarlyAnnouncement.test_the_decode_server_may_be_the_first_to_know", says="0 of 50 tokens were loaded")
+class DoesNotWaitForATransfer(hand_over(_AsksOnce)):
+    pass
+
+
+class _NeverBreaksOff(HandOverScheduler):
+    def broken_off(self, request, hold_id):
+        pass
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_a_transfer_that_was_broken_off_is_neither_found_nor_waited_for",
+    says="a lookup answered",
+)
+class NeverEndsABrokenOffer(hand_over(_NeverBreaksOff)):
+    pass
+
+
+class _WaitsForWhatIsOver(HandOverScheduler):
+    def on_found(self, *, heard, **more):
+        super().on_found(heard=False, **more)
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_a_transfer_that_was_broken_off_is_neither_found_nor_waited_for",
+    says="waited for",
+)
+class WaitsForATransferThatIsOver(hand_over(_WaitsForWhatIsOver)):
+    pass
+
+
+class _NeverLetsGo(HandOverWorker):
+    def let_go(self, hold_id):
+        pass
+
+
+@found_by(
+    "BaseEarlyAnnouncement.test_what_is_read_after_the_prefill_was_aborted_does_not_count", False, says="wrong KV"
+)
+class ReadsWhatWasBrokenOff(hand_over(worker=_NeverLetsGo)):
+    pass
+
+
+class _NamesHoldsByTransfer(HandOverScheduler):
+    """The hold has the transfer's id, which may come again."""
+
+    def announced(self, request):
+        hold_id = super().announced(request)
+        return hold_id and hold_id.rpartition("/")[0]
+
+    def on_find(self, **more):
+        super().on_find(**more)
+        claim = self.network.pending[-1].fields["claim"]
+        if claim is not None:
+            claim["offer"] = claim["offer"].rpartition("/")[0]
+
+    def finished(self, request, blocks):
+        keep = super().finished(request, blocks)
+        return keep and dataclasses.replace(keep, hold_id=keep.hold_id.rpartition("/")[0])
+
+    def tick(self):
+        for ended in self.buffer.take_ended() if self.buffer is not None else ():
+            self._announced.pop(ended.transfer_id, None)
+            self.holds.give_back(ended.transfer_id)
+
+
+@found_by("BaseEarlyAnnouncement.test_what_is_read_after_the_prefill_was_aborted_does_not_count", True, says="wrong KV")
+class TakesOneTransferForAnother(hand_over(_NamesHoldsByTransfer)):
+    pass
+
+
+class _RenamesItsHold(HandOverScheduler):
+    def finished(self, request, blocks):
+        keep = super().finished(request, blocks)
+        return keep and dataclasses.replace(keep, hold_id=f"{keep.hold_id} finished")
+
+
+@found_by("BaseEarlyAnnouncement.test_a_prompt_is_loaded_whole", 5, says="loads failed|tokens were loaded")
+class EndsTheAnnouncedHold(hand_over(_RenamesItsHold)):
+    """`finished` answers with another hold than `announced` did."""
 
 
 # ---- reports
@@ -625,7 +764,7 @@ class ClosesOnlyOnce(hand_over(_ClosesOnce)):
 class _RemembersPeers(HandOverScheduler):
     def granted(self, request, hit, num_tokens):
         self.workers = getattr(self, "workers", None) or tuple(hit.source["workers"])
-        return Source(self.workers, hit.source["transfer_id"])
+        return Source(self.workers, hit.source["offer"])
 
 
 @found_by("BasePeers.test_a_producer_that_died_is_replaced", says="nothing is loaded since")
@@ -637,7 +776,7 @@ class _LateRead(HandOverWorker):
     """Reads what was let go, and checks nothing."""
 
     let_go = _KeepsOffers.let_go
-    unpack = _KeepsOffers.unpack
+    write = _NoDigest.write
 
 
 @found_by("BaseBlocks.test_what_is_read_after_the_lease_does_not_count", says="wrong KV")
@@ -655,7 +794,7 @@ class _NoKeyForTheTail(StoreScheduler):
 
 
 class _StoreWithoutDigest(StoreWorker):
-    unpack = _NoDigest.unpack
+    write = _NoDigest.write
 
 
 @found_by("BaseMatching.test_a_longer_prompt_is_not_the_one_that_was_computed", 3, says="wrong KV")

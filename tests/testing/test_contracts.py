@@ -485,6 +485,51 @@ class ClaimsUnknownIds(LookupBuffer):
         return super().claim(transfer_id, keys, min_tokens) or super().claim("t", None)
 
 
+class FindsWhatIsAnnounced(LookupBuffer):
+    def find(self, keys, min_tokens=0):
+        return super().find(keys, min_tokens) or self.claim("t", keys, min_tokens)
+
+
+class EvictsWhatIsAnnounced(LookupBuffer):
+    def _unclaimed(self):
+        return iter([entry for entry in self._offers.values() if not entry.claims])
+
+
+class KeepsNoRoomForWhatIsAnnounced(LookupBuffer):
+    def announce(self, keys, transfer_id):
+        generation = super().announce(keys, transfer_id)
+        self._reserved = 0
+        return generation
+
+
+class KeepsTheRoomOfWhatWasBrokenOff(LookupBuffer):
+    def break_off(self, transfer_id):
+        before = self._reserved
+        broken = super().break_off(transfer_id)
+        self._reserved = before
+        return broken
+
+
+class LeavesABrokenOfferToItsReaders(LookupBuffer):
+    def break_off(self, transfer_id):
+        entry = self._offers.get(transfer_id)
+        if entry is None or not entry.claims:
+            return super().break_off(transfer_id)
+        entry.ending = "broken"
+        return True
+
+
+class ForgetsWhatIsOver(LookupBuffer):
+    def over(self, transfer_id):
+        return False
+
+
+class CompletesWhatIsOver(LookupBuffer):
+    def complete(self, transfer_id, block_ids):
+        self._last = super().complete(transfer_id, block_ids) or self._last
+        return self._last
+
+
 BROKEN_BUFFERS = {
     ClaimsTwice: "an offer is claimed exclusively once",
     RacesForOffers: "of many threads one gets",
@@ -504,6 +549,13 @@ BROKEN_BUFFERS = {
     EndsSharedOffers: "an offer is claimed by its transfer id",
     OpenAfterClose: "closing ends everything once",
     ClaimsUnknownIds: "an offer is claimed by its transfer id",
+    FindsWhatIsAnnounced: "an announced offer is found by its transfer id",
+    EvictsWhatIsAnnounced: "an announced offer has no lease",
+    KeepsNoRoomForWhatIsAnnounced: "an announced offer has room",
+    KeepsTheRoomOfWhatWasBrokenOff: "an announced offer has room",
+    LeavesABrokenOfferToItsReaders: "an announced offer that is broken off",
+    ForgetsWhatIsOver: "what is over is remembered",
+    CompletesWhatIsOver: "an announced offer is found by its transfer id",
 }
 
 

@@ -80,7 +80,7 @@ class Source:
 
     Attributes:
         addresses: `host:port` of the producer's workers, by rank.
-        transfer_id: names the offer.
+        transfer_id: names the offer, as `kvsdk.buffer.offer_name` does.
     """
 
     addresses: tuple[str, ...]

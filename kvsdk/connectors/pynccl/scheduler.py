@@ -22,6 +22,7 @@ from kvsdk.buffer import (
     RemoteClaim,
     ServerCurve,
     Unheard,
+    offer_name,
 )
 from kvsdk.config import Options, Producers, format_address
 from kvsdk.connector.interface import (
@@ -74,6 +75,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         self._asked_producers: tuple[str, ...] = ()
         self._claims: dict[str, RemoteClaim] = {}
         self._lookups: dict[str, _Lookup] = {}
+        self._announced: dict[str, str] = {}  # transfer id -> request id, while the offer stands
         if options.produces:
             if options.kv_buffer_size < cache.block_bytes:
                 raise ConfigError(
@@ -219,7 +221,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
 
     def granted(self, request: RequestView, hit: Hit, num_tokens: int) -> Source:
         claim: RemoteClaim = hit.source
-        return Source(tuple(claim.identity["workers"]), claim.transfer_id)
+        return Source(tuple(claim.identity["workers"]), offer_name(claim.transfer_id, claim.generation))
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
         self._lookups.pop(request.id, None)
@@ -244,15 +246,17 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             return None
         transfer_id = self._chosen_id(request)
         try:
-            if transfer_id is not None and (self._buffer.over(transfer_id) or self._buffer.standing(transfer_id)):
+            if transfer_id is not None and self._announced.get(transfer_id) == request.id:
                 offer = self._buffer.complete(transfer_id, blocks[0])
-                if offer is None:
-                    return None  # a consumer has all of it already
+            elif transfer_id is not None and self._buffer.over(transfer_id):
+                offer = None
             else:
                 offer = self._buffer.insert(request.keys, blocks[0], transfer_id)
         except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.warning("request %s is not offered: %s", request.id, error)
             return None
+        if offer is None:
+            return None  # a consumer has all of it already, or nobody waits for it any more
         options = self.context.options
         answer = offer_params(
             offer.transfer_id,
@@ -263,7 +267,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             num_tokens=request.num_prompt_tokens,
             tp_size=self.context.world_size,
         )
-        return Keep(offer.transfer_id, answer)
+        return Keep(offer_name(offer.transfer_id, offer.generation), answer)
 
     @staticmethod
     def _chosen_id(request: RequestView) -> str | None:
@@ -276,15 +280,17 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         if self._buffer is None or self._server is None or transfer_id is None:
             return None
         try:
-            self._buffer.announce(request.keys, transfer_id)
+            generation = self._buffer.announce(request.keys, transfer_id)
         except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.warning("request %s is not announced: %s", request.id, error)
             return None
-        return transfer_id
+        self._announced[transfer_id] = request.id
+        return offer_name(transfer_id, generation)
 
     def broken_off(self, request: RequestView, hold_id: str) -> None:
-        if self._buffer is not None and self._buffer.break_off(hold_id):
-            logger.info("offer %s was broken off: request %s was not completed", hold_id, request.id)
+        transfer_id = self._chosen_id(request)
+        if self._buffer is not None and transfer_id is not None and self._buffer.break_off(transfer_id):
+            logger.info("offer %s was broken off: request %s was not completed", transfer_id, request.id)
 
     def give_up(self, num_blocks: int) -> None:
         if self._buffer is not None:
@@ -298,7 +304,8 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             for ended in self._buffer.take_ended():
                 if ended.reason in ("expired", "evicted"):
                     logger.info("offer %s %s: %d blocks go back", ended.transfer_id, ended.reason, len(ended.block_ids))
-                self.holds.give_back(ended.transfer_id)
+                self._announced.pop(ended.transfer_id, None)
+                self.holds.give_back(offer_name(ended.transfer_id, ended.generation))
 
     def reset(self) -> bool:
         if self._buffer is not None:

@@ -469,10 +469,159 @@ def _(buffers: _Buffers) -> None:
     _at_rest(buffer)
 
 
+# Announced offers
+
+
+@_promise("an announced offer is found by its transfer id, and by its prompt once that is computed")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new()
+    generation = buffer.announce(_keys(_TEN), "t")
+    for what, found in (("drop_select", buffer.drop_select), ("select", buffer.select), ("find", buffer.find)):
+        _same(f"{what} of a prompt that is announced", found(_keys(_TEN)), None)
+    claim = _granted(buffer.claim("t", _keys(_TEN)))
+    _same("the claim", (claim.num_tokens, claim.exclusive, claim.generation), (10, True, generation))
+    _same("what it shares with another prompt", _granted(buffer.claim("t", _keys([*_TEN[:6], 99]))).num_tokens, 4)
+    _same("the ledger", (buffer.num_offers, buffer.blocks_held), (1, 0))
+    offer = _granted(buffer.complete("t", _ids(5, 6, 7)))
+    _same("the offer", (offer.transfer_id, offer.num_tokens, offer.generation), ("t", 10, generation))
+    _same("its blocks", (offer.block_ids.tolist(), buffer.blocks_held), ([5, 6, 7], 3))
+    _same("the match", _granted(buffer.find(_keys(_TEN))).num_tokens, 10)
+    _same("complete, a second time", buffer.complete("t", _ids(5, 6, 7)), None)
+    _same("inserted", buffer.counters["inserted"], 1)
+
+
+@_promise("an announced offer has no lease, and is not evicted, until it is complete")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new()
+    buffer.announce(_keys(_TEN), "t")
+    _same("next_deadline()", buffer.next_deadline(), None)
+    buffers.now += 10 * _LEASE
+    _same("expire()", buffer.expire(), 0)
+    _same("evict(9)", buffer.evict(9) + buffer.evict_all_unclaimed(), 0)
+    buffer.release(_granted(buffer.claim("t", _keys(_TEN))).claim_id, used=False)
+    demand(_granted(buffer.claim("t", _keys(_TEN))).exclusive, "an offer that was not used is not there again")
+    buffer = buffers.new()
+    buffer.announce(_keys(_TEN), "t")
+    buffers.now += _LEASE
+    _same("expires_at", _granted(buffer.complete("t", _ids(1, 2, 3))).expires_at, buffers.now + _LEASE)
+    buffers.now += _LEASE
+    _ended_after_expiry(buffer, ("t", "expired"))
+    _at_rest(buffer)
+
+
+@_promise("an announced offer has room, which others cannot take")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new(limit_blocks=5)
+    buffer.insert(_keys([0] * 8), _ids(0, 1), "old")
+    buffer.insert(_keys([1] * 8), _ids(2, 3), "young")
+    raises(OfferTooLarge, buffer.announce, _keys([2] * 24), "too large")
+    buffer.announce(_keys(_TEN), "t")
+    _ended(buffer, ("old", "evicted"))
+    full: Any = raises(BufferFull, buffer.insert, _keys([3] * 12), _ids(4, 5, 6))
+    _same("sizes of BufferFull", (full.needed, full.limit), (6 * _BLOCK_BYTES, 5 * _BLOCK_BYTES))
+    raises(BufferFull, buffer.announce, _keys([3] * 12), "also")
+    _ended(buffer)
+    _granted(buffer.complete("t", _ids(4, 5, 6)))
+    _ended(buffer)
+    buffer.insert(_keys([3] * 8), _ids(7, 8), "new")
+    _ended(buffer, ("young", "evicted"))
+    buffer = buffers.new(limit_blocks=3)
+    for i in range(3):
+        buffer.announce(_keys(_TEN), str(i))
+        demand(buffer.break_off(str(i)), "break_off says that there was no such offer")
+
+
+@_promise("an announced offer ends with its exclusive claim, for those who share it once they have it")
+def _(buffers: _Buffers) -> None:
+    for reason in ("released", "expired"):
+        buffer = buffers.new()
+        buffer.announce(_keys(_TEN), "t")
+        claim = _granted(buffer.claim("t", _keys(_TEN)))
+        if reason == "released":
+            buffer.release(claim.claim_id, used=True)
+        buffers.now += _LEASE
+        buffer.expire()
+        _same("complete", buffer.complete("t", _ids(1, 2, 3)), None)
+        _ended(buffer, ("t", reason))
+        _at_rest(buffer)
+    buffer.announce(_keys(_TEN), "t")
+    claim, shared = (_granted(buffer.claim("t", _keys(_TEN))) for _ in range(2))
+    _same("exclusive", (claim.exclusive, shared.exclusive), (True, False))
+    buffer.release(claim.claim_id, used=True)
+    _same("a claim of an offer that ends", buffer.claim("t", None), None)
+    _granted(buffer.complete("t", _ids(1, 2, 3)))
+    _same("find", buffer.find(_keys(_TEN)), None)
+    demand(buffer.standing("t"), "the offer ended while it was read")
+    buffer.release(shared.claim_id, used=True)
+    _ended(buffer, ("t", "released"))
+    _at_rest(buffer)
+
+
+@_promise("an announced offer that is broken off ends at once, with every claim on it")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new()
+    buffer.insert(_keys([1, 2]), _ids(9), "inserted")
+    buffer.announce(_keys(_TEN), "t")
+    claim = _granted(buffer.claim("t", _keys(_TEN)))
+    demand(buffer.break_off("t"), "break_off says that there was no such offer")
+    for name in ("t", "inserted", "unknown"):
+        demand(not buffer.break_off(name), f"break_off ended {name}")
+    demand(not buffer.standing("t"), "the offer stands")
+    _same("the claim", (buffer.renew([claim.claim_id]), buffer.num_claims), ([], 0))
+    _same("complete", buffer.complete("t", _ids(1, 2, 3)), None)
+    _ended(buffer, ("t", "broken"))
+    _same("counters['broken']", buffer.counters["broken"], 1)
+
+
+@_promise("what is over is remembered, until its transfer id comes again")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new()
+    demand(not buffer.over("t"), "what never was is over")
+    for again in range(2):
+        buffer.announce(_keys(_TEN), "t")
+        demand(not buffer.over("t"), "an offer that stands is over")
+        if again:
+            buffer.complete("t", _ids(1, 2, 3))
+            claim, _shared = (_granted(buffer.claim("t", None)) for _ in range(2))
+            buffer.release(claim.claim_id, used=True)
+        else:
+            buffer.break_off("t")
+        demand(buffer.over("t"), "an offer that has ended, or ends with those who share it, is not over")
+        buffer.take_ended()
+    buffer.close()
+    demand(buffer.over("t"), "an offer that was closed is not over")
+
+
+@_promise("what cannot be announced or completed leaves nothing behind")
+def _(buffers: _Buffers) -> None:
+    buffer = buffers.new()
+    raises(ValueError, buffer.announce, _keys([1]), "t")
+    buffer.announce(_keys(_TEN), "t")
+    raises(ValueError, buffer.announce, _keys(_TEN), "t")
+    raises(ValueError, buffer.insert, _keys(_TEN), _ids(1, 2, 3), "t")
+    for block_ids in (_ids(1, 2), _ids(1, -2, 3), _ids(1, 2, 3).astype(np.int64)):
+        raises(ValueError, buffer.complete, "t", block_ids)
+    _granted(buffer.complete("t", _ids(1, 2, 3)))
+    buffer.evict_all_unclaimed()
+    raises(ValueError, buffer.announce, _keys(_TEN), "t")  # its end was not taken
+    _ended(buffer, ("t", "evicted"))
+    buffer.announce(_keys(_TEN), "t")
+    buffer.close()
+    _ended(buffer, ("t", "closed"))
+    raises(KVError, buffer.announce, _keys(_TEN), "u")
+    _at_rest(buffer)
+
+
 @_promise("whatever was done, once leases have ended the ledger is at zero and each offer was handed over once")
 def _(buffers: _Buffers) -> None:
     for seed in range(20):
         _walk(buffers, random.Random(seed))
+
+
+_STEPS = (
+    *("insert", "insert", "announce", "complete", "break off"),
+    *("find", "find", "by id", "release", "renew", "evict", "wait", "take"),
+)
 
 
 def _walk(buffers: _Buffers, chance: random.Random) -> None:
@@ -480,6 +629,7 @@ def _walk(buffers: _Buffers, chance: random.Random) -> None:
     inserted: dict[str, list[int]] = {}
     taken: dict[str, list[int]] = {}
     claims = ["unknown"]
+    announced: dict[str, PrefixKeys] = {}
 
     def take() -> None:
         for offer in buffer.take_ended():
@@ -488,7 +638,7 @@ def _walk(buffers: _Buffers, chance: random.Random) -> None:
 
     for step in range(60):
         keys = _keys(chance.choices((0, 1), k=chance.randint(2, 17)))
-        what = chance.choice(["insert", "insert", "find", "find", "by id", "release", "renew", "evict", "wait", "take"])
+        what = chance.choice(_STEPS)
         if what == "insert":
             blocks = chance.sample(range(16), -(-keys.num_tokens // _BLOCK_SIZE))
             try:
@@ -496,6 +646,21 @@ def _walk(buffers: _Buffers, chance: random.Random) -> None:
             except BufferFull:
                 continue
             inserted[str(step)] = blocks
+        elif what == "announce":
+            try:
+                buffer.announce(keys, str(step))
+            except BufferFull:
+                continue
+            inserted[str(step)] = []
+            announced[str(step)] = keys
+        elif what in ("complete", "break off") and announced:
+            name, keys = announced.popitem()
+            if what == "break off":
+                buffer.break_off(name)
+            else:
+                blocks = chance.sample(range(16), -(-keys.num_tokens // _BLOCK_SIZE))
+                if buffer.complete(name, _ids(*blocks)) is not None:
+                    inserted[name] = blocks
         elif what in ("find", "by id"):
             claim = buffer.find(keys) if what == "find" else buffer.claim(chance.choice([*inserted, "unknown"]), keys)
             if claim is not None:
@@ -514,6 +679,8 @@ def _walk(buffers: _Buffers, chance: random.Random) -> None:
         standing = {block for name, blocks in inserted.items() if name not in taken for block in blocks}
         held = buffer.blocks_held
         _same("blocks_held", held, len(standing))
+    for name in announced:
+        buffer.break_off(name)
     for _ in range(2):
         # The end of an exclusive claim may leave an offer to those who share it.
         buffers.now += _LEASE
