@@ -81,6 +81,8 @@ class Context:
             `quantization` or None; `kv_cache_dtype`; and `config`, a dict of the sizes that shape attention's keys and
             values. A connector cannot see weights: two checkpoints of one shape differ by `id` alone.
         cache: sizes of one worker's KV cache.
+        model_path: the model as vLLM was told of it: a repository's name, or a local path with its links resolved. Two
+            checkpoints may have one `id`; a store that outlives its servers must not mix them up.
         clock: seconds, like `time.monotonic`; every deadline is on this clock.
     """
 
@@ -90,6 +92,7 @@ class Context:
     world_size: int
     model: Mapping[str, Any]
     cache: CacheGeometry
+    model_path: str = ""
     clock: Callable[[], float] = time.monotonic
 
 
@@ -362,6 +365,13 @@ class ProducerWorker(WorkerHalf):
         The blocks stay as they are until the task has ended on every rank.
         """
         task.fail(NotImplementedError(f"{type(self).__name__} answers save_from but has no save()"))
+
+    def flush(self) -> None:
+        """vLLM closes, which ends every task right after this: copy what was handed over to `save` and is open still.
+
+        Override it if what a server saves is to outlive it. Must return within `options.close_timeout`. Comes before
+        `close`, and not at all where that does not come.
+        """
 
 
 class _Pair:

@@ -501,6 +501,10 @@ class SchedulerLifecycle:
         end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
         last = -(-end // block_size) if end == view.num_prompt_tokens else end // block_size
         first = tracked.saved_blocks
+        # Sliding-window layers: where vLLM has its null block, there is nothing to save.
+        for ids in tracked.table:
+            (null,) = np.nonzero(np.asarray(ids[first:last], np.int32) == 0)
+            first += int(null[-1]) + 1 if len(null) else 0
         if last <= first:
             return
         blocks = tuple(np.asarray(ids[first:last], np.int32) for ids in tracked.table)
@@ -758,6 +762,11 @@ class WorkerLifecycle:
         return len(self._loads) + len(self._saves)
 
     def close(self) -> None:
+        if self._producer is not None and self._saves:
+            try:
+                self._producer.flush()
+            except Exception:
+                logger.exception("%s.flush failed; what was not saved is lost", type(self._half).__name__)
         for task in (*self._loads.values(), *self._saves.values()):
             task.expire(Cancelled("the worker closes"))
         self._half.close()

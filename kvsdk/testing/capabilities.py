@@ -73,6 +73,21 @@ PYNCCL = Capabilities(
     survives_restart=True,
 )
 
+LMCACHE_LM = Capabilities(
+    saves=True,
+    finds_by_prompt=True,
+    shared_prefixes=True,
+    block_errors=True,
+    verifies=True,
+    tensor_parallel=True,
+    mla=True,
+    dynamic_peers=True,
+    survives_restart=True,
+    restores=True,
+)
+
+LMCACHE_MP = LMCACHE_LM
+
 IN_PROCESS_HANDOVER = PYNCCL
 
 IN_PROCESS_STORE = Capabilities(
@@ -92,10 +107,12 @@ IN_PROCESS_STORE = Capabilities(
 
 DECLARED: Mapping[str, Capabilities] = {
     "PyNcclConnector": PYNCCL,
+    "LMCacheConnector (lm)": LMCACHE_LM,
+    "LMCacheConnector (tcp)": LMCACHE_MP,
     "kvsdk.testing.in_process:HandOverConnector": IN_PROCESS_HANDOVER,
     "kvsdk.testing.in_process:StoreConnector": IN_PROCESS_STORE,
 }
-"""Connectors of this package, as a `kv_connector` names them."""
+"""Connectors of this package, as a `kv_connector` names them; one with each scheme of its `remote_url`."""
 
 
 def capabilities_table(connectors: Mapping[str, Capabilities] = DECLARED) -> str:
