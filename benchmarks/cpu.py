@@ -147,7 +147,7 @@ def _cpu_times() -> list[int]:
     return [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
 
 
-def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float) -> dict[str, Any]:
+def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float, rest: float) -> dict[str, Any]:
     """Raw samples in seconds, `{MiB: {what: [seconds]}}`; how many rounds were not quiet; speeds of single steps."""
     counts = {mib: max(1, (mib << 20) // (block_bytes * LAYERS)) for mib in sizes_mib}
     pool = 2 * max(counts.values())
@@ -184,6 +184,7 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float
                 if patience and i >= WARM_UP:
                     noisy[mib] += not wait_for_quiet(patience)
                 for name, operation in operations.items():
+                    time.sleep(rest)
                     began = time.perf_counter()
                     operation()
                     if i >= WARM_UP:
@@ -311,8 +312,14 @@ def main(arguments: list[str] | None = None) -> int:
         default=10.0,
         help="most seconds to wait before each round until the cores are idle; 0 does not look (default: %(default)s)",
     )
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        help="seconds without work before each sample, for others on a shared machine (default: %(default)s)",
+    )
     args = parser.parse_args(arguments)
-    result = measure(args.mib, args.kib * 1024, args.rounds, args.patience)
+    result = measure(args.mib, args.kib * 1024, args.rounds, args.patience, args.rest)
     samples, sizes, against = result["seconds"], result["bytes"], ratios(result["seconds"])
     rows: list[list[Any]] = [["GB/s, median", *(f"{mib} MiB" for mib in samples)]]
     for name in next(iter(samples.values())):
