@@ -124,6 +124,8 @@ def produce(connection: Any, port: int, pool: int, block_bytes: int) -> None:
             digests = end.store.new_digests(count)
             end.store.digest_in_place(ids(pool, count, seed=count), np.arange(count), digests)
             connection.send(digests.numpy())
+        elif what == "cpu":
+            connection.send(time.process_time())
         else:
             gloo.send(data[: count * block_bytes * LAYERS])
     end.close()
@@ -148,7 +150,9 @@ def _cpu_times() -> list[int]:
 
 
 def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float, rest: float) -> dict[str, Any]:
-    """Raw samples in seconds, `{MiB: {what: [seconds]}}`; how many rounds were not quiet; speeds of single steps."""
+    """Raw samples, `{MiB: {what: [seconds]}}`, on the wall clock and of both processes' CPU time; how many rounds were
+    not quiet; speeds of single steps.
+    """
     counts = {mib: max(1, (mib << 20) // (block_bytes * LAYERS)) for mib in sizes_mib}
     pool = 2 * max(counts.values())
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -162,7 +166,13 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float
         addresses = ours.recv()
         gloo = RawGloo(port, 1)
         samples: dict[int, dict[str, list[float]]] = {}
+        spent: dict[int, dict[str, list[float]]] = {}
         noisy: dict[int, int] = {}
+
+        def cpu_seconds() -> float:
+            ours.send(("cpu", 0))
+            return time.process_time() + ours.recv()
+
         for mib, count in counts.items():
             nbytes = count * block_bytes * LAYERS
             a, b = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
@@ -178,17 +188,19 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float
                 "raw gloo": raw,
                 **{name: lambda n=name, c=count: load(end.halves[n], addresses[n], pool, c) for name in PAIRS},
             }
-            samples[mib] = {name: [] for name in operations}
+            samples[mib], spent[mib] = ({name: [] for name in operations} for _ in range(2))
             noisy[mib] = 0
             for i in range(WARM_UP + rounds):
                 if patience and i >= WARM_UP:
                     noisy[mib] += not wait_for_quiet(patience)
                 for name, operation in operations.items():
                     time.sleep(rest)
-                    began = time.perf_counter()
+                    before, began = cpu_seconds(), time.perf_counter()
                     operation()
+                    seconds = time.perf_counter() - began
                     if i >= WARM_UP:
-                        samples[mib][name].append(time.perf_counter() - began)
+                        samples[mib][name].append(seconds)
+                        spent[mib][name].append(cpu_seconds() - before)
             digests = end.store.new_digests(count)
             end.store.digest_in_place(targets(pool, count), np.arange(count), digests)
             if not np.array_equal(digests.numpy(), expected):
@@ -201,7 +213,7 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float
         process.kill()
         process.join()
     sizes = {mib: count * block_bytes * LAYERS for mib, count in counts.items()}
-    return {"seconds": samples, "bytes": sizes, "rounds that were not quiet": noisy, **steps}
+    return {"seconds": samples, "cpu seconds": spent, "bytes": sizes, "rounds that were not quiet": noisy, **steps}
 
 
 class WaitedFor(LoadTask):
@@ -327,6 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, by_size in against.items():
         aim = f", aim {AIMS[name]}" if name in AIMS else ""
         rows.append([f"{name} / {PAIRS[name]}{aim}", *(f"{ratio:.2f}" for ratio in by_size.values())])
+    for name in samples[args.mib[0]]:
+        spent = ((mib, statistics.median(by[name])) for mib, by in result["cpu seconds"].items())
+        rows.append([f"CPU s a GB, both processes: {name}", *(f"{cpu / sizes[mib] * 1e9:.2f}" for mib, cpu in spent)])
     steps = result["steps"]
     for name, seconds in steps["seconds"].items():
         rows.append([f"one thread: {name}", f"{steps['bytes'] / statistics.median(seconds) / 1e9:.2f}"])

@@ -3,12 +3,13 @@
 import json
 import os
 import time
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from benchmarks import idle, percentile, step, table
+from benchmarks import cpu, idle, percentile, step, table
 
 
 def test_percentiles_are_samples():
@@ -77,3 +78,16 @@ def test_idle_goes_through_its_states_and_the_engine_rests_in_each(tmp_path):
     result = idle.run(tmp_path, offers=2, windows=1, window=1.0, requests=2)
     assert list(result["states"]) == ["0", "1", "2"]
     assert max(max(samples["steps"]) for samples in result["states"].values()) < 50
+
+
+def test_cpu_hands_blocks_over_by_every_way_and_draws_it(tmp_path, capsys):
+    out, drawn = tmp_path / "cpu.json", tmp_path / "cpu.svg"
+    few = ["--mib", "1", "2", "--kib", "1", "--rounds", "2", "--patience", "0"]
+    assert cpu.main([*few, "--json", str(out), "--svg", str(drawn)]) == 0
+    result = json.loads(out.read_text())
+    for by in result["seconds"].values():
+        assert {"memcpy", "raw gloo", "shm", "gloo"} <= set(by)
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in by.values())
+    assert result["bytes"] == {"1": 1 << 20, "2": 2 << 20}
+    assert "shm / memcpy, aim 0.5" in capsys.readouterr().out
+    assert ElementTree.parse(drawn).getroot().tag.endswith("svg")
