@@ -102,6 +102,12 @@ class Options:
     )
     lease: float = _option(30.0, "seconds", "How long an offer or a claim lasts without word from its holder.")
     lookup_timeout: float = _option(1.0, "seconds", "How long a request waits for producers' answers.")
+    lookup_wait: float = _option(
+        0.0, "seconds", "How long a prompt that no producer has is asked for again, before it is computed.", low=0
+    )
+    announce_wait: float = _option(
+        30.0, "seconds", "How long a transfer that a proxy announced to both servers may take to begin.", low=0
+    )
     heartbeat: float = _option(
         1.0, "seconds", "Between two signs of life of a producer; a consumer does not ask one that has missed three."
     )
@@ -123,6 +129,9 @@ class Options:
     )
     nccl_max_ctas: int = _option(
         8, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
+    )
+    max_sms: int = _option(
+        64, "int", "SMs of a GPU that a copy or a digest of blocks may take from the model meanwhile.", low=1, high=1024
     )
     model_id: str | None = _option(None, "str", "Name of the weights; servers with different ones refuse each other.")
     curve_secret_key: str | None = _option(
@@ -260,7 +269,7 @@ def _check_number(name: str, kind: str, value: Any, low: int | None, high: int |
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{name}={value!r} is {_type_name(value)}; set it to {_wanted(kind, low, high)}")
     if kind == "seconds":
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and (value > 0 or value == low)):
             raise ConfigError(f"{name}={value!r} is out of range; set it to {_wanted(kind, low, high)}")
         return float(value)
     # Bytes are often written as 5e9, which JSON reads as a float.
@@ -272,7 +281,7 @@ def _check_number(name: str, kind: str, value: Any, low: int | None, high: int |
 
 def _wanted(kind: str, low: int | None, high: int | None) -> str:
     if kind == "seconds":
-        return "a number of seconds above 0"
+        return "a number of seconds above 0" if low is None else "a number of seconds, 0 or above"
     unit = "a whole number of bytes, such as 1e9," if kind == "bytes" else "an integer"
     return f"{unit} from {low} to {high}" if high is not None else f"{unit} of at least {low}"
 
@@ -594,7 +603,7 @@ def options_table() -> str:
         elif kind in kinds:
             text = kinds[kind]
         elif kind == "seconds":
-            text = "seconds, above 0"
+            text = "seconds, above 0" if "low" not in limits else "seconds, at least 0"
         else:
             unit = "bytes" if kind == "bytes" else "integer"
             low, high = limits["low"], limits.get("high")

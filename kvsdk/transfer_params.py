@@ -50,6 +50,8 @@ class TransferParams:
         remote_engine_id: the producer's engine id, for messages only.
         num_tokens: prompt tokens that the producer holds, or None if it did not say.
         tp_size: the producer's tensor-parallel size, or None if it did not say.
+        announced: whether the proxy asked the other server at the same time, so that the id may be unknown there yet:
+            the parameters name a transfer and lack what the other server's answer would have brought.
         reason: why the role is `NONE` although there were parameters; empty otherwise.
     """
 
@@ -60,6 +62,7 @@ class TransferParams:
     remote_engine_id: str | None = None
     num_tokens: int | None = None
     tp_size: int | None = None
+    announced: bool = False
     reason: str = ""
 
 
@@ -73,6 +76,33 @@ def prefill_params() -> dict[str, Any]:
         "remote_host": None,
         "remote_port": None,
     }
+
+
+def announce_params(transfer_id: str, host: str, port: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `kv_transfer_params` with which a proxy sends one prompt to both servers at once.
+
+    Args:
+        transfer_id: 1 to 256 printable ASCII characters, never used before.
+        host, port: where the producer's lookup buffer listens (`kv_ip`, `kv_port`).
+
+    Returns:
+        Those of the prefill request and those of the decode request.
+
+    Raises:
+        ProtocolError: no server would accept them; the message says which value is wrong.
+    """
+    prefill = prefill_params() | {"transfer_id": transfer_id}
+    decode = {
+        "do_remote_decode": False,
+        "do_remote_prefill": True,
+        "transfer_id": transfer_id,
+        "remote_host": host,
+        "remote_port": port,
+    }
+    for params in (prefill, decode):
+        if reason := classify(params).reason:
+            raise ProtocolError(f"an announcement that no server would accept: {reason}")
+    return prefill, decode
 
 
 def classify(params: Mapping[str, Any] | None) -> TransferParams:
@@ -121,7 +151,8 @@ def classify(params: Mapping[str, Any] | None) -> TransferParams:
         return _malformed("remote_num_tokens is not an integer of at least 0")
     if tp_size is not None and not _is_int(tp_size, 1, _MAX_INT):
         return _malformed("tp_size is not an integer of at least 1")
-    return TransferParams(Role.PREFILLED_ELSEWHERE, transfer_id, host, port, engine_id, num_tokens, tp_size)
+    announced = "transfer_id" in params and not params.keys() & {"remote_block_ids", "remote_num_tokens"}
+    return TransferParams(Role.PREFILLED_ELSEWHERE, transfer_id, host, port, engine_id, num_tokens, tp_size, announced)
 
 
 def offer_params(

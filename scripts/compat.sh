@@ -32,13 +32,20 @@ fetch() { # VERSION: leaves the unpacked sources in .cache/vllm-VERSION
     rm -rf "$partial"
 }
 
-failed=()
+# Versions are tested side by side, each by a process of its own that uses one core.
+declare -A tests
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for version in "$@"; do
     fetch "$version"
-    echo "== contract tests and the conformance suite against the sources of vLLM $version"
     PYTHONPATH=$cache/vllm-$version KVSDK_COMPAT=$version "$python" -m pytest -m "compat and not slow" \
-        tests/contract tests/testing ||
-        failed+=("$version")
+        -o cache_dir="$cache/pytest-$version" tests/contract tests/testing >"$cache/tests-$version.log" 2>&1 &
+    tests[$version]=$!
+done
+failed=()
+for version in "$@"; do
+    wait "${tests[$version]}" || failed+=("$version")
+    echo "== contract tests and the conformance suite against the sources of vLLM $version"
+    cat "$cache/tests-$version.log"
 done
 echo "== vLLM's toy proxies, from these sources, in front of two servers of the installed vLLM"
 "$python" -m pytest tests/servers/test_toy_proxies.py || failed+=("toy proxies")

@@ -23,6 +23,7 @@ from kvsdk.buffer import (
     LookupBuffer,
     Pending,
     ServerCurve,
+    Unheard,
     Wire,
     prefix_keys,
 )
@@ -210,6 +211,10 @@ def test_a_transfer_is_found_by_id_at_an_address_never_heard_of(serve, connect):
     client.find_by_id("t", server.address, "transfer", None)
     assert not answer(client).exclusive
     client.find_by_id("t", server.address, "other", PROMPT, 0)
+    assert answer(client) is Unheard
+    offer(server.buffer, name="gone")
+    server.buffer.evict_all_unclaimed()
+    client.find_by_id("t", server.address, "gone", PROMPT, 0)
     assert answer(client) is None
     assert ask(client) is None  # a temporary peer is not asked for prompts
 
@@ -556,11 +561,11 @@ def test_a_refused_producer_that_is_replaced_by_one_that_matches_is_up(serve, co
 
 def test_another_version_is_refused_by_name_on_both_sides(serve, connect):
     server = serve()
-    newer = Wire("kvsdk.buffer/2", BUFFER_WIRE.kinds)
+    newer = Wire("kvsdk.buffer/3", BUFFER_WIRE.kinds)
     client = connect(server, wire=newer, ready=False)
     until(lambda: client.peers()[server.address].state == "refused")
     reason = client.peers()[server.address].reason
-    assert "kvsdk.buffer/1" in reason
+    assert "kvsdk.buffer/2" in reason
     assert "kvsdk.buffer/2" in reason
     assert server.counters["refused"] == 1
 
@@ -582,7 +587,10 @@ def test_each_message_has_one_reply(serve, dealer):
     assert say(peer, "renew", claim_ids=[claim_id, "x"]) == ("renewed", {"alive": [claim_id], "ended": ["x"]})
     assert say(peer, "release", claim_id=claim_id, used=True) == ("released", {"claim_id": claim_id, "known": True})
     assert say(peer, "release", claim_id=claim_id, used=True) == ("released", {"claim_id": claim_id, "known": False})
-    assert say(peer, "find", ticket=4, keys=PROMPT.to_wire(), min_tokens=0) == ("found", {"ticket": 4, "claim": None})
+    assert say(peer, "find", ticket=4, keys=PROMPT.to_wire(), min_tokens=0) == (
+        "found",
+        {"ticket": 4, "claim": None, "heard": True},
+    )
     assert say(peer, "ping") == ("pong", {"engine_id": server.engine_id})
     assert server.counters["messages"] == server.counters["replies"] == 9
     assert server.error is None
@@ -600,8 +608,8 @@ def bad_keys():
         [os.urandom(1000)],
         [b"\x00" * (BUFFER_WIRE.max_bytes + 1)],
         [BUFFER_WIRE.encode("pong", engine_id="x")],
-        [Wire("kvsdk.buffer/1", {"unheard": {}}).encode("unheard")],
-        [Wire("kvsdk.buffer/1", {"ping": {"more": int}}).encode("ping", more=1)],
+        [Wire("kvsdk.buffer/2", {"unheard": {}}).encode("unheard")],
+        [Wire("kvsdk.buffer/2", {"ping": {"more": int}}).encode("ping", more=1)],
         [Wire("kvsdk.buffer/9", {"ping": {}}).encode("ping")],
         [Wire("other/1", {"hello": {}}).encode("hello")],
         [BUFFER_WIRE.encode("ping"), BUFFER_WIRE.encode("ping")],
@@ -722,7 +730,7 @@ class Liar:
 
 def found(ticket, num_tokens, claim_id="c"):
     claim = {"claim_id": claim_id, "transfer_id": "t", "num_tokens": num_tokens, "exclusive": True, "generation": 1}
-    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim)
+    return BUFFER_WIRE.encode("found", ticket=ticket, claim=claim, heard=True)
 
 
 @pytest.fixture

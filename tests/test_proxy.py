@@ -24,7 +24,7 @@ from kvsdk.proxy import ProxyConfig  # noqa: E402
 from kvsdk.proxy.app import make_runner  # noqa: E402
 from kvsdk.proxy.bodies import is_one_sequence, prefill_body, split_events  # noqa: E402
 from kvsdk.proxy.servers import ServerPool  # noqa: E402
-from kvsdk.transfer_params import offer_params, prefill_params  # noqa: E402
+from kvsdk.transfer_params import Role, classify, offer_params, prefill_params  # noqa: E402
 
 PARAMS = offer_params("t-1", "127.0.0.1", 14579, "engine-p", num_tokens=9)
 PROMPT = {"model": "m", "prompt": "San Francisco is a", "max_tokens": 7}
@@ -247,7 +247,7 @@ def test_one_prompt_in_a_list_and_a_prompt_of_token_ids_are_one_sequence():
 def test_a_prefill_body_leaves_the_clients_own_untouched():
     body = {"prompt": "a", "min_tokens": 3, "max_tokens": 5, "n": 4, "echo": True}
     before = dict(body)
-    assert prefill_body(body, with_params=False) == {"prompt": "a", "max_tokens": 1, "n": 1, "stream": False}
+    assert prefill_body(body, None) == {"prompt": "a", "max_tokens": 1, "n": 1, "stream": False}
     assert body == before
 
 
@@ -792,3 +792,115 @@ def test_a_signal_ends_the_command_in_time_though_a_request_runs(number):
             assert b"Traceback" not in await process.stderr.read()
 
     run()
+
+
+# Both at once
+
+
+EARLY = {"mode": "early"}
+
+
+def early(*servers: int) -> dict[str, Any]:
+    return EARLY | {"prefill_kv": tuple(f"10.0.0.{n}:14579" for n in servers)}
+
+
+@in_loop
+async def test_early_both_servers_get_one_transfer_id_at_the_same_time():
+    both = asyncio.Barrier(2)
+
+    async def prefill(request: web.Request, body: dict) -> web.Response:
+        await both.wait()
+        return await prefilled(request, body)
+
+    async def decode(request: web.Request, body: dict) -> web.StreamResponse:
+        await both.wait()
+        return await decoded(request, body)
+
+    async with rig([prefill], [decode], **early(1)) as r:
+        async with r.post() as response:
+            assert (await response.json())["choices"] == [{"text": "city"}]
+        ours, theirs = r.prefill[0].bodies[0], r.decode[0].bodies[0]
+        assert ours["max_tokens"] == 1
+        params = theirs["kv_transfer_params"]
+        assert theirs == PROMPT | {"kv_transfer_params": params}
+        assert ours["kv_transfer_params"]["transfer_id"] == params["transfer_id"]
+        assert (params["remote_host"], params["remote_port"]) == ("10.0.0.1", 14579)
+        assert classify(params).announced
+        assert classify(ours["kv_transfer_params"]).role is Role.DECODE_ELSEWHERE
+        assert (await r.metrics())['kvsdk_proxy_prefills_total{outcome="announced"}'] == 1
+
+
+@in_loop
+async def test_early_the_reply_is_streamed_while_the_prefill_still_runs():
+    async with rig([for_ever], [sse], **early(1)) as r:
+        async with r.post(PROMPT | {"stream": True}) as response:
+            assert await response.content.readany()
+
+
+@pytest.mark.parametrize("answer", [status(500), status(503), hang_up])
+@in_loop
+async def test_early_a_prefill_that_fails_lets_the_decode_server_start_over_without_params(answer):
+    async def waiting(request: web.Request, body: dict) -> web.StreamResponse:
+        return await (for_ever if "kv_transfer_params" in body else decoded)(request, body)
+
+    async with rig([answer], [waiting], **early(1)) as r:
+        async with r.post() as response:
+            assert (await response.json())["choices"] == [{"text": "city"}]
+        assert r.decode[0].bodies[-1] == PROMPT
+
+
+@in_loop
+async def test_early_a_clients_mistake_goes_back_and_the_decode_server_is_let_go():
+    async with rig([status(400, {"error": "no"})], [for_ever], **early(1)) as r:
+        async with r.post() as response:
+            assert response.status == 400
+            assert await response.json() == {"error": "no"}
+
+
+@in_loop
+async def test_early_the_next_prefill_server_is_announced_where_it_is():
+    async def waiting(request: web.Request, body: dict) -> web.StreamResponse:
+        far = body["kv_transfer_params"]["remote_host"] == "10.0.0.1"
+        return await (for_ever if far else decoded)(request, body)
+
+    async with rig([DOWN, prefilled], [waiting], **early(1, 2)) as r:
+        async with r.post() as response:
+            assert response.status == 200
+        assert r.decode[0].bodies[-1]["kv_transfer_params"]["remote_host"] == "10.0.0.2"
+
+
+@in_loop
+async def test_early_without_any_prefill_server_the_prompt_goes_to_the_decode_server_alone():
+    async def waiting(request: web.Request, body: dict) -> web.StreamResponse:
+        return await (for_ever if "kv_transfer_params" in body else decoded)(request, body)
+
+    async with rig([DOWN], [waiting], **early(1)) as r:
+        async with r.post() as response:
+            assert response.status == 200
+
+
+@in_loop
+async def test_early_a_client_that_leaves_aborts_both_legs():
+    async with rig([for_ever], [for_ever], **early(1)) as r:
+        with pytest.raises(TimeoutError):
+            async with r.post(timeout=aiohttp.ClientTimeout(total=0.3)):
+                pass
+        for server in (r.prefill[0], r.decode[0]):
+            await asyncio.wait_for(server.aborted.wait(), 5)
+
+
+@in_loop
+async def test_early_several_sequences_are_repeated():
+    async with rig(**early(1)) as r:
+        body = PROMPT | {"n": 2}
+        async with r.post(body) as response:
+            assert response.status == 200
+        assert r.decode[0].bodies == [body]
+
+
+@pytest.mark.parametrize(
+    "options", [EARLY, early(1, 2), {"prefill_kv": ("10.0.0.1:14579",)}, EARLY | {"prefill_kv": ("10.0.0.1",)}]
+)
+def test_early_needs_the_kv_address_of_each_prefill_server(options):
+    with pytest.raises(ConfigError, match="prefill-kv"):
+        ProxyConfig(("http://127.0.0.1:1",), ("http://127.0.0.1:2",), **options)

@@ -145,7 +145,8 @@ def test_a_decode_request_of_a_mooncake_proxy_names_the_transfer_but_no_address_
         "remote_engine_id": "engine-p",
         "transfer_id": "xfer-1",
     }
-    assert classify(params) == TransferParams(Role.PREFILLED_ELSEWHERE, "xfer-1", remote_engine_id="engine-p")
+    expected = TransferParams(Role.PREFILLED_ELSEWHERE, "xfer-1", remote_engine_id="engine-p", announced=True)
+    assert classify(params) == expected
 
 
 @pytest.mark.parametrize("params", [None, {}, {"do_remote_decode": False}, {"do_remote_prefill": None}, {"other": 1}])
@@ -237,6 +238,6 @@ def test_an_offer_has_the_keys_that_proxies_read_and_its_block_ids_only_if_asked
 
 def test_our_proxy_hands_our_servers_answer_on_unchanged():
     body = {"prompt": "a", "max_tokens": 3}
-    assert classify(prefill_body(body, with_params=True)["kv_transfer_params"]).role is Role.DECODE_ELSEWHERE
+    assert classify(prefill_body(body, prefill_params())["kv_transfer_params"]).role is Role.DECODE_ELSEWHERE
     assert decode_body(body, OFFER) == body | {"kv_transfer_params": OFFER}
     assert classify(decode_body(body, OFFER)["kv_transfer_params"]).transfer_id == "t-1"

@@ -1,6 +1,6 @@
 """Finding KV by prompt: prefix keys, the lookup buffer, its server and its client."""
 
-from kvsdk.buffer.client import BufferClient, PeerState, Pending, PendingType, RemoteClaim
+from kvsdk.buffer.client import BufferClient, PeerState, Pending, PendingType, RemoteClaim, Unheard, UnheardType
 from kvsdk.buffer.curve import ClientCurve, ServerCurve
 from kvsdk.buffer.keys import PrefixKeys, prefix_keys, separator
 from kvsdk.buffer.lookup import BufferFull, Claim, EndedOffer, LookupBuffer, Offer
@@ -24,6 +24,8 @@ __all__ = [
     "PrefixKeys",
     "RemoteClaim",
     "ServerCurve",
+    "Unheard",
+    "UnheardType",
     "VersionError",
     "Wire",
     "prefix_keys",

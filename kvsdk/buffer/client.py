@@ -48,6 +48,16 @@ Pending = PendingType.PENDING
 """What `BufferClient.poll` says while there is no answer."""
 
 
+class UnheardType(enum.Enum):
+    """The type of `Unheard`."""
+
+    UNHEARD = "unheard"
+
+
+Unheard = UnheardType.UNHEARD
+"""What `BufferClient.poll` says when the producer has not heard of a transfer: it may be announced yet."""
+
+
 @dataclass(frozen=True)
 class RemoteClaim:
     """A claim at a producer. The client renews it until it is released.
@@ -110,7 +120,8 @@ class _Peer:
 class _Lookup:
     """A question that is open: at `deadline`, or when `unanswered` (addresses) is empty, `best` is the answer.
 
-    `message` asks it; `repeated` are the addresses that were asked a second time.
+    `message` asks it; `repeated` are the addresses that were asked a second time; `unheard` is set when a producer said
+    that it has not heard of the transfer.
     """
 
     ticket: str
@@ -121,6 +132,7 @@ class _Lookup:
     unanswered: set[str]
     best: RemoteClaim | None = None
     repeated: set[str] = field(default_factory=set)
+    unheard: bool = False
 
 
 @dataclass(slots=True)
@@ -186,7 +198,7 @@ class BufferClient:
         self._tickets: dict[str, int] = {}
         # All lookups have the same timeout, and answers are kept equally long: in both, the first is the first to go.
         self._lookups: dict[int, _Lookup] = {}
-        self._answers: dict[str, tuple[RemoteClaim | None, float]] = {}
+        self._answers: dict[str, tuple[RemoteClaim | UnheardType | None, float]] = {}
         self._held: dict[tuple[str, str], _HeldClaim] = {}
         # What the thread is to send: peer, message, and under which key a reply is expected.
         self._outbox: deque[tuple[_Peer, bytes, int | str | None]] = deque()
@@ -268,8 +280,9 @@ class BufferClient:
             usable = peer is not None and peer.state in ("connecting", "up")
             self._start(ticket, keys, min_tokens, [peer] if usable else [], "find_by_id", transfer_id=transfer_id)
 
-    def poll(self, ticket: str) -> PendingType | RemoteClaim | None:
-        """`Pending` until the lookup is answered or its timeout is over, then its answer, once: a claim, or None.
+    def poll(self, ticket: str) -> PendingType | RemoteClaim | UnheardType | None:
+        """`Pending` until the lookup is answered or its timeout is over, then its answer, once: a claim, `Unheard` for
+        a transfer that its producer has not heard of, or None.
 
         An unknown ticket is None. An answer that nobody polls for 60 s is dropped and its claim released.
         """
@@ -280,11 +293,11 @@ class BufferClient:
                 if now < self._lookups[uid].deadline:
                     return Pending
                 self._time_out(uid, now)
-            claim, _ = self._answers.pop(ticket, (None, 0.0))
-            if claim is not None and self._is_lost(claim, now):
-                self._release(claim, used=False)
+            answer, _ = self._answers.pop(ticket, (None, 0.0))
+            if isinstance(answer, RemoteClaim) and self._is_lost(answer, now):
+                self._release(answer, used=False)
                 return None
-            return claim
+            return answer
 
     def cancel(self, ticket: str) -> None:
         """Forget a lookup; a claim that it got or still gets is released. An unknown ticket is fine."""
@@ -421,9 +434,9 @@ class BufferClient:
 
     def _cancel(self, ticket: str) -> None:
         uid = self._tickets.pop(ticket, None)
-        claim = self._lookups.pop(uid).best if uid is not None else self._answers.pop(ticket, (None, 0.0))[0]
-        if claim is not None:
-            self._release(claim, used=False)
+        answer = self._lookups.pop(uid).best if uid is not None else self._answers.pop(ticket, (None, 0.0))[0]
+        if isinstance(answer, RemoteClaim):
+            self._release(answer, used=False)
 
     def _release(self, claim: RemoteClaim, used: bool) -> None:
         self._held.pop((claim.address, claim.claim_id), None)
@@ -441,7 +454,8 @@ class BufferClient:
     def _finish(self, uid: int, now: float) -> None:
         lookup = self._lookups.pop(uid)
         del self._tickets[lookup.ticket]
-        self._answers[lookup.ticket] = (lookup.best, now + ANSWER_KEPT_S)
+        answer = lookup.best or (Unheard if lookup.unheard else None)
+        self._answers[lookup.ticket] = (answer, now + ANSWER_KEPT_S)
 
     def _time_out(self, uid: int, now: float) -> None:
         for address in self._lookups[uid].unanswered:
@@ -653,6 +667,8 @@ class BufferClient:
         peer.expecting.pop(uid, None)
         lookup = self._lookups.get(uid)
         if answer is None:
+            if lookup is not None and not fields["heard"]:
+                lookup.unheard = True
             self._nothing(peer, uid, now)
             return
         claim = RemoteClaim(**answer, address=peer.address, engine_id=peer.engine_id or "", identity=peer.identity)

@@ -6,6 +6,9 @@ No I/O and no threads: a scheduler inserts and takes what ended, a server finds,
                  │  ▲                 │ │
                  │  └─release(unused)─┘ └──lease over──► ended
                  └──lease over, evicted──► ended
+
+An offer may be announced before its prompt is computed. Until `complete` it can be claimed by its transfer id alone, no
+lease of its own runs, and it is not evicted: its request has those blocks anyway.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import itertools
 import secrets
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +29,7 @@ from kvsdk.buffer.prefix_tree import PrefixTree
 from kvsdk.errors import ConfigError, KVError, OfferTooLarge
 
 _OFFER, _CLAIM = 0, 1
+_REMEMBERED = 4096  # transfer ids of offers that ended
 
 
 class BufferFull(KVError):
@@ -89,7 +94,8 @@ class EndedOffer:
     Attributes:
         transfer_id: its name.
         block_ids: all of the offer's blocks, as inserted. Other offers may hold some of them as well.
-        reason: `released` (a consumer has it), `expired`, `evicted` or `closed`.
+        reason: `released` (a consumer has it), `expired`, `evicted`, `broken` (announced, and never completed) or
+            `closed`.
     """
 
     transfer_id: str
@@ -99,6 +105,30 @@ class EndedOffer:
 
 def _prompt(keys: PrefixKeys) -> tuple[bytes, int]:
     return keys.full_key, keys.num_tokens
+
+
+_NO_BLOCKS = np.zeros(0, np.int32)
+
+
+def _num_blocks(keys: PrefixKeys) -> int:
+    if keys.num_tokens < 2:
+        # vLLM computes the last prompt token itself, so nothing of this prompt can be loaded; told that something
+        # can, it asks again in every step, for ever.
+        raise ValueError("a prompt of one token is never offered")
+    return -(-keys.num_tokens // keys.block_size)
+
+
+def _checked(keys: PrefixKeys, block_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of a prompt's block ids, and the distinct ones among them."""
+    expected = _num_blocks(keys)
+    if block_ids.dtype != np.int32 or block_ids.shape != (expected,):
+        raise ValueError(f"block_ids: {block_ids.dtype} {block_ids.shape}; the prompt needs int32 ({expected},)")
+    distinct = np.unique(block_ids)
+    if distinct[0] < 0:
+        raise ValueError(f"block_ids hold {distinct[0]}")
+    block_ids = block_ids.copy()
+    block_ids.flags.writeable = False
+    return block_ids, distinct
 
 
 class _References:
@@ -125,6 +155,8 @@ class _References:
         return freed
 
     def _grow(self, ids: np.ndarray) -> None:
+        if not ids.size:
+            return
         size = int(ids[-1]) + 1
         if size > len(self._counts):
             grown = np.zeros(max(size, 2 * len(self._counts)), dtype=np.int32)
@@ -134,7 +166,10 @@ class _References:
 
 @dataclass(slots=True)
 class _Entry:
-    """An offer that stands. `ending` is set once its exclusive claim is over but shared ones still read it."""
+    """An offer that stands. `ending` is set once its exclusive claim is over but shared ones still read it.
+
+    `reserved` counts the blocks of an announced offer, whose ids are not known; 0 once it is complete.
+    """
 
     transfer_id: str
     keys: PrefixKeys
@@ -145,6 +180,11 @@ class _Entry:
     claims: set[str] = field(default_factory=set)
     exclusive: str | None = None
     ending: str | None = None
+    reserved: int = 0
+
+    @property
+    def indexed(self) -> bool:
+        return not self.reserved and self.ending is None
 
 
 @dataclass(slots=True)
@@ -198,8 +238,10 @@ class LookupBuffer:
         # Entries are never taken out of the middle; one whose deadline has moved is skipped when its time comes.
         self._deadlines: list[tuple[float, int, str]] = []
         self._generations = itertools.count(1)
+        self._reserved = 0
+        self._over: OrderedDict[str, None] = OrderedDict()
         self._closed = False
-        counted = ("inserted", "refused", "claimed", "released", "expired", "evicted", "closed")
+        counted = ("inserted", "refused", "claimed", "released", "expired", "evicted", "broken", "closed")
         self._counters = dict.fromkeys(counted, 0)
 
     # -- what a scheduler calls
@@ -218,37 +260,75 @@ class LookupBuffer:
             ValueError: the prompt has one token; `block_ids` do not fit the prompt; the transfer id is in use.
             KVError: the buffer is closed.
         """
-        if keys.num_tokens < 2:
-            # vLLM computes the last prompt token itself, so nothing of this prompt can be loaded; told that something
-            # can, it asks again in every step, for ever.
-            raise ValueError("a prompt of one token is never offered")
-        expected = -(-keys.num_tokens // keys.block_size)
-        if block_ids.dtype != np.int32 or block_ids.shape != (expected,):
-            raise ValueError(f"block_ids: {block_ids.dtype} {block_ids.shape}; the prompt needs int32 ({expected},)")
-        distinct = np.unique(block_ids)
-        if distinct[0] < 0:
-            raise ValueError(f"block_ids hold {distinct[0]}")
-        block_ids = block_ids.copy()
-        block_ids.flags.writeable = False
+        block_ids, distinct = _checked(keys, block_ids)
         with self._lock:
-            if self._closed:
-                raise KVError("the lookup buffer is closed")
-            now = self.clock()
-            self._expire(now)
+            now = self._begin_insert()
             if transfer_id is None:
                 transfer_id = secrets.token_hex(16)
             elif transfer_id in self._offers or transfer_id in self._ended:
                 raise ValueError(f"transfer id {transfer_id!r} is in use")
             self._make_room(distinct)
-            deadline = self._schedule(now, _OFFER, transfer_id)
-            entry = _Entry(transfer_id, keys, block_ids, distinct, next(self._generations), deadline)
-            self._offers[transfer_id] = entry
-            self._standing.add(distinct)
-            self._held.add(distinct)
-            self._by_blocks.insert(keys.blocks, transfer_id)
-            self._by_prompt.setdefault(_prompt(keys), {})[transfer_id] = None
+            return self._add(_Entry(transfer_id, keys, block_ids, distinct, next(self._generations), now), now)
+
+    def announce(self, keys: PrefixKeys, transfer_id: str) -> None:
+        """Offer a prompt that is about to be computed; `complete` or `break_off` must follow.
+
+        Args:
+            keys: of the whole prompt.
+            transfer_id: its name, chosen by a proxy.
+
+        Raises:
+            OfferTooLarge, BufferFull, ValueError, KVError: as `insert`.
+        """
+        num_blocks = _num_blocks(keys)
+        with self._lock:
+            now = self._begin_insert()
+            if transfer_id in self._offers or transfer_id in self._ended:
+                raise ValueError(f"transfer id {transfer_id!r} is in use")
+            self._make_room(_NO_BLOCKS, num_blocks)
+            self._reserved += num_blocks
+            self._over.pop(transfer_id, None)
+            self._offers[transfer_id] = _Entry(
+                transfer_id, keys, _NO_BLOCKS, _NO_BLOCKS, next(self._generations), now, reserved=num_blocks
+            )
             self._counters["inserted"] += 1
-            return Offer(transfer_id, keys.num_tokens, block_ids, entry.generation, entry.deadline)
+
+    def complete(self, transfer_id: str, block_ids: np.ndarray) -> Offer | None:
+        """The prompt of an announced offer is computed: from now on the offer is as if inserted.
+
+        Args:
+            block_ids: as for `insert`.
+
+        Returns:
+            The offer; None when it has ended, because a consumer has all of it already, or was broken off.
+
+        Raises:
+            ValueError: `block_ids` do not fit the prompt.
+        """
+        with self._lock:
+            now = self.clock()
+            self._expire(now)
+            entry = self._offers.get(transfer_id)
+            if entry is None or entry.ending or not entry.reserved:
+                return None
+            entry.block_ids, entry.distinct = _checked(entry.keys, block_ids)
+            self._reserved -= entry.reserved
+            entry.reserved = 0
+            self._counters["inserted"] -= 1
+            return self._add(entry, now)
+
+    def break_off(self, transfer_id: str) -> bool:
+        """The prompt of an announced offer will not be completed: the offer ends, and every claim on it.
+
+        Returns:
+            whether there was such an offer.
+        """
+        with self._lock:
+            entry = self._offers.get(transfer_id)
+            if entry is None or not entry.reserved:
+                return False
+            self._end(entry, "broken")
+            return True
 
     def evict(self, num_blocks: int) -> int:
         """End unclaimed offers, oldest first, until `num_blocks` blocks are in no standing offer any longer.
@@ -286,11 +366,16 @@ class LookupBuffer:
         with self._lock:
             return transfer_id in self._offers
 
+    def over(self, transfer_id: str) -> bool:
+        """Whether there was such an offer and it has ended or is ending; of the last `4096` that did."""
+        with self._lock:
+            entry = self._offers.get(transfer_id)
+            return transfer_id in self._over if entry is None else entry.ending is not None
+
     def close(self) -> None:
         """End every claim and offer. `take_ended` still hands them over. Twice is fine."""
         with self._lock:
             self._closed = True
-            self._claims.clear()
             for entry in list(self._offers.values()):
                 self._end(entry, "closed")
             self._deadlines.clear()
@@ -398,7 +483,7 @@ class LookupBuffer:
 
     @property
     def bytes_held(self) -> int:
-        """`blocks_held` in bytes."""
+        """`blocks_held` in bytes; the blocks of announced offers are not counted."""
         return self.blocks_held * self.block_bytes
 
     @property
@@ -417,21 +502,41 @@ class LookupBuffer:
     def counters(self) -> dict[str, int]:
         """Offers inserted, refused, and ended by reason; claims granted (`claimed`). All since the start.
 
-        `inserted` is `num_offers` plus `released`, `expired`, `evicted` and `closed`.
+        `inserted` is `num_offers` plus `released`, `expired`, `evicted`, `broken` and `closed`.
         """
         with self._lock:
             return dict(self._counters)
 
     # -- under the lock
 
-    def _unclaimed(self) -> Iterator[_Entry]:
-        return (entry for entry in list(self._offers.values()) if not entry.claims)
+    def _begin_insert(self) -> float:
+        if self._closed:
+            raise KVError("the lookup buffer is closed")
+        now = self.clock()
+        self._expire(now)
+        return now
 
-    def _make_room(self, distinct: np.ndarray) -> None:
+    def _add(self, entry: _Entry, now: float) -> Offer:
+        entry.deadline = self._schedule(now, _OFFER, entry.transfer_id)
+        self._offers[entry.transfer_id] = entry
+        self._over.pop(entry.transfer_id, None)
+        self._standing.add(entry.distinct)
+        self._held.add(entry.distinct)
+        self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
+        self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None
+        self._counters["inserted"] += 1
+        return Offer(entry.transfer_id, entry.keys.num_tokens, entry.block_ids, entry.generation, entry.deadline)
+
+    def _unclaimed(self) -> Iterator[_Entry]:
+        return (entry for entry in list(self._offers.values()) if not entry.claims and not entry.reserved)
+
+    def _make_room(self, distinct: np.ndarray, unknown: int = 0) -> None:
+        """For blocks whose ids are known, and for others, of which none is shared."""
         limit = self.limit_bytes // self.block_bytes
-        if len(distinct) > limit:
+        if len(distinct) + unknown > limit:
             self._counters["refused"] += 1
-            raise OfferTooLarge(len(distinct) * self.block_bytes, self.limit_bytes)
+            raise OfferTooLarge((len(distinct) + unknown) * self.block_bytes, self.limit_bytes)
+        limit -= self._reserved + unknown
         if self._standing.blocks + self._standing.missing(distinct) <= limit:
             return
         # Counted before anything is evicted: an offer that is refused anyway must not cost the others.
@@ -439,7 +544,7 @@ class LookupBuffer:
         at_least = len(np.unique(np.concatenate([distinct, *staying])))
         if at_least > limit:
             self._counters["refused"] += 1
-            raise BufferFull(at_least * self.block_bytes, self.limit_bytes)
+            raise BufferFull((at_least + self._reserved + unknown) * self.block_bytes, self.limit_bytes)
         for entry in self._unclaimed():
             if self._standing.blocks + self._standing.missing(distinct) <= limit:
                 break
@@ -484,27 +589,34 @@ class LookupBuffer:
             entry.exclusive = None
             if reason:
                 # Others may still read it. It ends with the last of them, and nobody new finds it meanwhile.
-                entry.ending = reason
                 self._unindex(entry)
+                entry.ending = reason
             else:
                 entry.deadline = now + self.lease
         if not entry.claims:
             if entry.ending:
                 self._end(entry, entry.ending)
-            else:
+            elif not entry.reserved:
                 heapq.heappush(self._deadlines, (entry.deadline, _OFFER, entry.transfer_id))
 
     def _end(self, entry: _Entry, reason: str) -> int:
         """Returns how many of its blocks are in no standing offer any longer."""
         del self._offers[entry.transfer_id]
-        if not entry.ending:
-            self._unindex(entry)
+        for claim_id in entry.claims:
+            del self._claims[claim_id]
+        self._unindex(entry)
+        self._reserved -= entry.reserved
+        self._over[entry.transfer_id] = None
+        if len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
         self._ended[entry.transfer_id] = EndedOffer(entry.transfer_id, entry.block_ids, reason)
         self._distinct_ended.append(entry.distinct)
         self._counters[reason] += 1
         return self._standing.drop(entry.distinct)
 
     def _unindex(self, entry: _Entry) -> None:
+        if not entry.indexed:
+            return
         self._by_blocks.remove(entry.keys.blocks, entry.transfer_id)
         same_prompt = self._by_prompt[_prompt(entry.keys)]
         del same_prompt[entry.transfer_id]
@@ -521,7 +633,7 @@ class LookupBuffer:
             held = self._claims.get(name)
             return held is not None and held.deadline == deadline
         entry = self._offers.get(name)
-        return entry is not None and not entry.claims and entry.deadline == deadline
+        return entry is not None and not entry.claims and not entry.reserved and entry.deadline == deadline
 
     def _expire(self, now: float) -> int:
         count = 0

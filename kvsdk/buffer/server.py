@@ -261,11 +261,15 @@ class BufferServer:
         if peer not in self._welcomed:
             return self._hello_first(fields["ticket"])
         keys = None if fields["keys"] is None else PrefixKeys.from_wire(fields["keys"])
-        return self._found(fields["ticket"], self._buffer.claim(fields["transfer_id"], keys, fields["min_tokens"]))
+        transfer_id = fields["transfer_id"]
+        claim = self._buffer.claim(transfer_id, keys, fields["min_tokens"])
+        # In this order: an offer that comes in between is heard of, and asked for once more.
+        heard = claim is not None or self._buffer.standing(transfer_id) or self._buffer.over(transfer_id)
+        return self._found(fields["ticket"], claim, heard)
 
-    def _found(self, ticket: int, claim: Claim | None) -> bytes:
+    def _found(self, ticket: int, claim: Claim | None, heard: bool = True) -> bytes:
         if claim is None:
-            return self._wire.encode("found", ticket=ticket, claim=None)
+            return self._wire.encode("found", ticket=ticket, claim=None, heard=heard)
         values = {
             "claim_id": claim.claim_id,
             "transfer_id": claim.transfer_id,
@@ -273,7 +277,7 @@ class BufferServer:
             "exclusive": claim.exclusive,
             "generation": claim.generation,
         }
-        return self._wire.encode("found", ticket=ticket, claim=values)
+        return self._wire.encode("found", ticket=ticket, claim=values, heard=True)
 
     # Renewing, releasing and pinging need no hello: a consumer whose connection broke keeps what it holds, and only its
     # holder knows the id of a claim.

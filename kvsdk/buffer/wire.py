@@ -1,6 +1,6 @@
 """Messages between servers: versioned msgpack, with declared kinds, fields and limits. Nothing is unpickled.
 
-A message is the list `[protocol, kind, fields]`. The protocol, such as `kvsdk.buffer/1`, goes first, so that every
+A message is the list `[protocol, kind, fields]`. The protocol, such as `kvsdk.buffer/2`, goes first, so that every
 later version can still tell an older one which version it speaks.
 """
 
@@ -81,7 +81,7 @@ class Wire:
     ):
         """
         Args:
-            protocol: name and version, such as `kvsdk.buffer/1`.
+            protocol: name and version, such as `kvsdk.buffer/2`.
             kinds: the fields of each kind of message. Every message has exactly the fields of its kind.
             max_bytes: the longest encoded message.
         """
@@ -183,7 +183,7 @@ _CLAIM = {
 
 # The lookup protocol. The first half is what consumers send; each message that decodes gets exactly one reply.
 BUFFER_WIRE = Wire(
-    "kvsdk.buffer/1",
+    "kvsdk.buffer/2",
     {
         "hello": {"identity": dict},
         "find": {"ticket": int, "keys": _KEYS, "min_tokens": int},
@@ -199,7 +199,8 @@ BUFFER_WIRE = Wire(
         # Replies, in the same order.
         "welcome": {"engine_id": _ENGINE, "identity": dict, "lease": float},
         "refused": {"engine_id": _ENGINE, "field": str, "ours": str, "theirs": str},
-        "found": {"ticket": int, "claim": Field(_CLAIM, optional=True)},
+        # `heard` is false when no offer of the asked id has been here.
+        "found": {"ticket": int, "claim": Field(_CLAIM, optional=True), "heard": bool},
         "renewed": {"alive": Field(list, of=str), "ended": Field(list, of=str)},
         "released": {"claim_id": _ID, "known": bool},
         "pong": {"engine_id": _ENGINE},

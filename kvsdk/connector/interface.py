@@ -274,6 +274,21 @@ class ProducerScheduler(SchedulerHalf):
         """
         return None
 
+    def announced(self, request: RequestView) -> str | None:
+        """A prompt is about to be computed, in one step or many: may others have its blocks as they are computed?
+
+        Asked once, in the first step that computes some of it.
+
+        Returns:
+            The id of a hold, to which the prompt's blocks are added from now on (`ProducerWorker.grew`); `None` (the
+            default) for not before the end. `finished` answers a `Keep` with the same id if the hold is to stand, and
+            when the prompt is not completed `broken_off` comes instead.
+        """
+        return None
+
+    def broken_off(self, request: RequestView, hold_id: str) -> None:
+        """An announced prompt will not be completed: it was aborted, or vLLM needs its blocks. The hold ends now."""
+
     def give_up(self, num_blocks: int) -> None:
         """vLLM needs `num_blocks` blocks now: give back holds that nobody reads, the oldest first."""
 
@@ -328,6 +343,15 @@ class ProducerWorker(WorkerHalf):
 
     def kept(self, hold_id: str, blocks: BlockIds) -> None:
         """A hold began: its blocks stay as they are until `let_go`. `hold_id` is that of `Keep`."""
+
+    def grew(self, hold_id: str, first_block: int, blocks: BlockIds, num_blocks: int, fence: Any) -> None:
+        """Blocks joined a hold that `ProducerScheduler.announced` began. The first call is the first word of the hold.
+
+        Args:
+            first_block: index of the first of them in the prompt; they follow those before without a gap.
+            num_blocks: of the whole prompt.
+            fence: a `torch.cuda.Event` on a GPU, which the blocks' content is ready behind, or None. See `SaveTask`.
+        """
 
     def let_go(self, hold_id: str) -> None:
         """A hold ended: after this returns its blocks may be overwritten, and nothing read from them later counts."""

@@ -38,8 +38,24 @@ from kvsdk.connector.interface import (
 )
 from kvsdk.connector.tasks import Cancelled, LoadOrder, LoadTask, SaveOrder, SaveTask, TaskState
 from kvsdk.errors import DeadlineExceeded, KVError, TaskEnded
+from kvsdk.transfer_params import classify
 
 logger = logging.getLogger("kvsdk.lifecycle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """Blocks that join the hold of an announced prompt.
+
+    Attributes:
+        first_block: index of the first of them in the prompt.
+        num_blocks: of the whole prompt.
+    """
+
+    hold_id: str
+    first_block: int
+    blocks: BlockIds
+    num_blocks: int
 
 
 @dataclasses.dataclass
@@ -49,11 +65,13 @@ class Orders:
     Attributes:
         holds: holds that began, with their blocks, and that ended, with `None`, in the order in which they did: one may
             end and another of the same name begin within a step.
+        grown: what joins holds of announced prompts when this step has computed it.
     """
 
     loads: list[LoadOrder] = dataclasses.field(default_factory=list)
     saves: list[SaveOrder] = dataclasses.field(default_factory=list)
     holds: list[tuple[str, BlockIds | None]] = dataclasses.field(default_factory=list)
+    grown: list[Growth] = dataclasses.field(default_factory=list)
     cancelled: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -113,6 +131,10 @@ class _Tracked:
     save_from: int | None = None
     saved_blocks: int = 0
     failed: bool = False
+    one_token: bool = False  # it ends with its first token, so that nothing follows its prompt in the cache
+    announced: bool = False  # the producer was asked whether to announce it
+    hold_id: str | None = None  # of the hold that grows
+    grown: int = 0  # blocks of the prompt in it
 
     def failed_in(self, invalid_blocks: set[int]) -> bool:
         """Whether one of the load's blocks is among these, now or in an earlier step."""
@@ -135,6 +157,12 @@ class _Ledger:
         self._pool.hold(block_ids)
         self._references[block_ids] += 1
         self._holds[hold_id] = block_ids
+
+    def grow(self, hold_id: str, block_ids: np.ndarray) -> None:
+        """Add blocks to a hold; none of them is in it."""
+        self._pool.hold(block_ids)
+        self._references[block_ids] += 1
+        self._holds[hold_id] = np.concatenate([self._holds[hold_id], block_ids])
 
     def give_back(self, hold_id: str) -> bool:
         block_ids = self._holds.pop(hold_id, None)
@@ -184,6 +212,7 @@ class SchedulerLifecycle:
         half: the connector's scheduler half.
         context: as given to the half.
         find_timeout: seconds that `find` may answer *ask again* before the request is computed here.
+        announce_wait: seconds more for a request whose transfer a proxy announced.
         load_timeout: seconds for a load or a save, from its arrival at the worker.
     """
 
@@ -196,11 +225,12 @@ class SchedulerLifecycle:
         producer: bool,
         find_timeout: float,
         load_timeout: float,
+        announce_wait: float = 0.0,
     ):
         self._half, self._context = half, context
         self._consumer = half if consumer and isinstance(half, ConsumerScheduler) else None
         self._producer = half if producer and isinstance(half, ProducerScheduler) else None
-        self._find_timeout, self._load_timeout = find_timeout, load_timeout
+        self._find_timeout, self._load_timeout, self._announce_wait = find_timeout, load_timeout, announce_wait
         self._clock = context.clock
         self._requests: dict[str, _Tracked] = {}
         self._loads: dict[str, _Tracked] = {}  # by request id, also after an abort, until the workers reported
@@ -226,11 +256,11 @@ class SchedulerLifecycle:
 
     # ---- a request's way
 
-    def add(self, view: RequestView, *, num_tokens: Callable[[], int], loadable: bool) -> None:
+    def add(self, view: RequestView, *, num_tokens: Callable[[], int], loadable: bool, one_token: bool = False) -> None:
         """A request arrived. `loadable` is false for requests that must compute their prompt (prompt logprobs and the
-        like).
+        like); `one_token` is true for those that are to answer one token.
         """
-        tracked = _Tracked(view, num_tokens, loadable and self._consumer is not None)
+        tracked = _Tracked(view, num_tokens, loadable and self._consumer is not None, one_token=one_token)
         if self._producer is not None:
             tracked.save_from = self._ask(self._producer.save_from, view)
             if tracked.save_from is not None:
@@ -265,14 +295,13 @@ class SchedulerLifecycle:
             return self._decline(tracked)
         now = self._clock()
         if tracked.find_deadline is None:
-            tracked.find_deadline = now + self._find_timeout
+            announced = classify(view.kv_transfer_params).announced
+            tracked.find_deadline = now + self._find_timeout + (self._announce_wait if announced else 0.0)
         hit = self._ask(self._consumer.find, view, num_local)
         if isinstance(hit, AskAgain):
             if now < tracked.find_deadline:
                 return None
-            logger.warning(
-                "request %s: no answer within %.3g s; its prompt is computed here", view.id, self._find_timeout
-            )
+            logger.warning("request %s: no answer in time; its prompt is computed here", view.id)
             return self._decline(tracked)
         if hit is None or hit.num_tokens <= num_local:
             return self._decline(tracked)
@@ -355,18 +384,19 @@ class SchedulerLifecycle:
             return None
         self._decline(tracked)
         view = tracked.view
-        if not well or self._producer is None or self._ledger is None or view.num_prompt_tokens < 2:
+        if self._producer is None or self._ledger is None:
             return None
-        num_blocks = view.num_prompt_blocks
-        # A request preempted in its last step ends with fewer blocks than its prompt has: there is nothing to hand
-        # over.
-        if any(len(ids) < num_blocks for ids in blocks):
-            return None
-        kept = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in blocks)
-        # Sliding-window layers: vLLM has freed the blocks before the window and put its null block in their place.
-        if any((ids == 0).any() for ids in kept):
+        kept = _prompt_blocks(view, blocks) if well else None
+        if kept is None:
+            self._break_off(tracked)
             return None
         keep = self._ask(self._producer.finished, view, kept)
+        if tracked.hold_id is not None and tracked.hold_id in self._ledger:
+            if keep is not None and keep.hold_id == tracked.hold_id:
+                self._grow(tracked, kept, view.num_prompt_blocks)
+                return dict(keep.params) if keep.params is not None else None
+            self._holds.give_back(tracked.hold_id)
+            self._carry_out_ends()
         if keep is None:
             return None
         if keep.hold_id in self._ledger:
@@ -377,6 +407,59 @@ class SchedulerLifecycle:
         self._ledger.hold(keep.hold_id, np.concatenate(kept))
         self._orders.holds.append((keep.hold_id, kept))
         return dict(keep.params) if keep.params is not None else None
+
+    # ---- an announced prompt
+
+    def _announce(self, tracked: _Tracked) -> None:
+        """The prompt's first step: may the producer's peers have its blocks as they are computed?"""
+        assert self._producer is not None and self._ledger is not None
+        tracked.announced = True
+        if tracked.view.num_prompt_tokens < 2:
+            return
+        hold_id = self._ask(self._producer.announced, tracked.view)
+        if hold_id is None:
+            return
+        if hold_id in self._ledger:
+            logger.error("%s announces %s, a hold that exists", type(self._half).__name__, hold_id)
+            return
+        tracked.hold_id = hold_id
+        self._ledger.hold(hold_id, np.zeros(0, np.int32))
+
+    def _grow_in_step(self, tracked: _Tracked, entry: ScheduledRequest) -> None:
+        assert self._ledger is not None
+        if tracked.hold_id not in self._ledger:
+            tracked.hold_id = None
+            return
+        view, block_size = tracked.view, self._context.cache.block_size
+        end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
+        # The answer's second token is written behind the prompt, into the same last block: then it waits for the end.
+        whole = tracked.one_token and end == view.num_prompt_tokens
+        num_blocks = view.num_prompt_blocks if whole else end // block_size
+        blocks = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in tracked.table)
+        # See `_prompt_blocks`.
+        if any((ids == 0).any() for ids in blocks):
+            self._break_off(tracked)
+        else:
+            self._grow(tracked, blocks, num_blocks)
+
+    def _grow(self, tracked: _Tracked, blocks: BlockIds, num_blocks: int) -> None:
+        """Add the first `num_blocks` blocks of the prompt to its hold, but for those that are in it. After a
+        preemption these are others than the request's, with the same content."""
+        assert self._ledger is not None and tracked.hold_id is not None
+        first = tracked.grown
+        if num_blocks > first:
+            new = tuple(ids[first:num_blocks] for ids in blocks)
+            self._ledger.grow(tracked.hold_id, np.concatenate(new))
+            self._orders.grown.append(Growth(tracked.hold_id, first, new, tracked.view.num_prompt_blocks))
+            tracked.grown = num_blocks
+
+    def _break_off(self, tracked: _Tracked) -> None:
+        """An announced prompt will not be completed."""
+        hold_id, tracked.hold_id = tracked.hold_id, None
+        if hold_id is not None and self._producer is not None:
+            self._ask(self._producer.broken_off, tracked.view, hold_id)
+            self._holds.give_back(hold_id)
+            self._carry_out_ends()
 
     # ---- a step
 
@@ -398,6 +481,10 @@ class SchedulerLifecycle:
                     ids.extend(new)
             if tracked.save_from is not None:
                 self._save(tracked, entry)
+            if self._producer is not None and not tracked.announced:
+                self._announce(tracked)
+            if tracked.hold_id is not None:
+                self._grow_in_step(tracked, entry)
             tracked.num_computed = entry.num_computed + entry.num_scheduled
         if self.has_holds:
             self._make_room(self._growth())
@@ -493,12 +580,25 @@ class SchedulerLifecycle:
             self._ask(self._producer.give_up, missing)
             self._carry_out_ends()
             given_up = self._ledger.num_holds < before
+            if not given_up and (waiting := self._preempted_and_held()) is not None:
+                # It waits for blocks that it holds itself, or that others in its place hold.
+                self._break_off(waiting)
+                given_up = True
+
+    def _preempted_and_held(self) -> _Tracked | None:
+        """The last request that vLLM has preempted and whose announced prompt holds blocks."""
+        for tracked in reversed(self._requests.values()):
+            if tracked.hold_id is not None and not tracked.running and tracked.grown:
+                return tracked
+        return None
 
     def _carry_out_ends(self) -> None:
         self._ask(self._half.tick)
         for hold_id in self._holds.take():
             if self._ledger is not None and self._ledger.give_back(hold_id):
                 self._orders.holds.append((hold_id, None))
+                # Ends reach the workers before the step, and what it computes after it.
+                self._orders.grown = [growth for growth in self._orders.grown if growth.hold_id != hold_id]
 
     # ---- the rest
 
@@ -526,6 +626,19 @@ class SchedulerLifecycle:
         self._half.close()
 
 
+def _prompt_blocks(view: RequestView, blocks: Sequence[Sequence[int]]) -> BlockIds | None:
+    """The blocks of a computed prompt, of each KV cache group; None when they cannot be handed over."""
+    num_blocks = view.num_prompt_blocks
+    if view.num_prompt_tokens < 2:
+        return None
+    # A request preempted in its last step ends with fewer blocks than its prompt has: there is nothing to hand over.
+    if any(len(ids) < num_blocks for ids in blocks):
+        return None
+    kept = tuple(np.asarray(ids[:num_blocks], np.int32) for ids in blocks)
+    # Sliding-window layers: vLLM has freed the blocks before the window and put its null block in their place.
+    return None if any((ids == 0).any() for ids in kept) else kept
+
+
 class WorkerLifecycle:
     """Carries out orders in one worker and collects what ended."""
 
@@ -535,6 +648,7 @@ class WorkerLifecycle:
         self._producer = half if isinstance(half, ProducerWorker) else None
         self._new_loads: list[LoadOrder] = []
         self._new_saves: list[SaveOrder] = []
+        self._growths: list[Growth] = []
         self._loads: dict[int, LoadTask] = {}
         self._saves: dict[int, SaveTask] = {}
         self._cancelled: list[int] = []
@@ -545,6 +659,7 @@ class WorkerLifecycle:
         # Copied: where one process holds several workers they are given the same object.
         self._new_loads += orders.loads
         self._new_saves += orders.saves
+        self._growths += orders.grown
         if self._producer is not None:
             for hold_id, blocks in orders.holds:
                 if blocks is None:
@@ -571,6 +686,11 @@ class WorkerLifecycle:
 
     def start_saves(self) -> None:
         """After the step's forward; vLLM up to 0.30 does not call this in empty steps, so `poll` does it again."""
+        growths, self._growths = self._growths, []
+        if growths and self._producer is not None:
+            fence = self._fence()
+            for growth in growths:
+                self._producer.grew(growth.hold_id, growth.first_block, growth.blocks, growth.num_blocks, fence)
         saves, self._new_saves = self._new_saves, []
         for order in saves:
             task = SaveTask(order, self._clock() + order.timeout, self._fence())

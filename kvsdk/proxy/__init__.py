@@ -52,7 +52,15 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=MODES,
         default=default["mode"],
-        help="params: pass kv_transfer_params on; repeat: only send the prompt to both; auto: what the servers can do",
+        help="params: pass kv_transfer_params on; repeat: only send the prompt to both; auto: what the servers can do; "
+        "early: send to both at once",
+    )
+    parser.add_argument(
+        "--prefill-kv",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="for --mode early: kv_ip:kv_port of a prefill server; give it once for each, in the same order",
     )
     seconds = {"type": float, "metavar": "SECONDS"}
     for name, text in (

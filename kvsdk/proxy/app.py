@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import enum
 import json
 import logging
 import re
@@ -18,10 +19,12 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from kvsdk.config import split_address
 from kvsdk.errors import ConfigError
 from kvsdk.proxy.bodies import decode_body, error_body, is_one_sequence, prefill_body, split_events
 from kvsdk.proxy.config import ProxyConfig
 from kvsdk.proxy.servers import Server, ServerPool
+from kvsdk.transfer_params import announce_params, prefill_params
 
 log = logging.getLogger("kvsdk.proxy")
 
@@ -119,6 +122,13 @@ class _Refusal:
     response: web.Response
 
 
+class _Outcome(enum.Enum):
+    """Of a prefill that did not come to be."""
+
+    UNREACHABLE = enum.auto()
+    FAILED = enum.auto()
+
+
 class _Proxy:
     def __init__(self, config: ProxyConfig, clock: Callable[[], float]):
         self._config = config
@@ -175,6 +185,8 @@ class _Proxy:
         if not isinstance(body, dict):
             return _error("the request's body is not a JSON object", "invalid_request_error", 400, request_id)
 
+        if self._config.mode == "early" and is_one_sequence(body):
+            return await self._run_both(request, call, body)
         prefilled = await self._run_prefill(call, body)
         if isinstance(prefilled, _Refusal):
             return prefilled.response
@@ -183,10 +195,62 @@ class _Proxy:
         data = raw if as_sent else json.dumps(decode_body(body, prefilled)).encode()
         return await self._run_decode(request, call, data)
 
+    async def _run_both(self, request: web.Request, call: _Call, body: Mapping[str, Any]) -> web.StreamResponse:
+        """Sends the prompt to a prefill and a decode server at once, announced under one transfer id."""
+        tried: list[Server] = []
+        while (server := self._prefill.pick(tried=tried)) is not None:
+            tried.append(server)
+            host, port = split_address(self._config.prefill_kv[self._prefill.servers.index(server)])
+            ours, theirs = announce_params(uuid.uuid4().hex, host, port)
+            legs = [
+                asyncio.create_task(self._announced_prefill(server, call, prefill_body(body, ours))),
+                asyncio.create_task(self._run_decode(request, call, json.dumps(decode_body(body, theirs)).encode())),
+            ]
+            prefill, decode = legs
+            try:
+                await asyncio.wait(legs, return_when=asyncio.FIRST_COMPLETED)
+                # Once the client has a part of the reply it gets the rest: the decode server computes what is missing.
+                if not prefill.done() or prefill.result() is None or decode.done() or request.writer.output_size:
+                    return await decode
+                outcome = prefill.result()
+            finally:
+                for leg in legs:
+                    leg.cancel()
+                await asyncio.gather(*legs, return_exceptions=True)
+            if isinstance(outcome, _Refusal):
+                return outcome.response
+            if outcome is not _Outcome.UNREACHABLE:
+                break
+        else:
+            self._prefill_failed(call, "every prefill server", "cannot be reached")
+        return await self._run_decode(request, call, json.dumps(decode_body(body, None)).encode())
+
+    async def _announced_prefill(self, server: Server, call: _Call, body: dict[str, Any]) -> _Refusal | _Outcome | None:
+        """None when the prefill server has computed the prompt, else what to do instead."""
+        try:
+            async with asyncio.timeout(self._config.prefill_timeout):
+                data = json.dumps(body).encode()
+                async with self._post(self._prefill, server, call, data, aiohttp.ClientTimeout()) as upstream:
+                    answer = await _read(upstream, call)
+        except _UNREACHABLE as error:
+            log.warning("request %s: prefill server %s cannot be reached: %s", call.request_id, server.url, error)
+            return _Outcome.UNREACHABLE
+        except _FAILED as error:
+            self._prefill_failed(call, server.url, _name(error))
+            return _Outcome.FAILED
+        if 400 <= answer.status < 500 and answer.status not in _TRANSIENT:
+            self._count("prefills_total", outcome="refused")
+            return _Refusal(answer)
+        if answer.status != 200:
+            self._prefill_failed(call, server.url, f"status {answer.status}")
+            return _Outcome.FAILED
+        self._count("prefills_total", outcome="announced")
+        return None
+
     async def _run_prefill(self, call: _Call, body: Mapping[str, Any]) -> dict[str, Any] | _Refusal | None:
         """The prefill server's `kv_transfer_params`, None if there are none for any reason, or a client's error."""
         with_params = self._config.mode != "repeat" and is_one_sequence(body)
-        data = json.dumps(prefill_body(body, with_params=with_params)).encode()
+        data = json.dumps(prefill_body(body, prefill_params() if with_params else None)).encode()
         try:
             async with asyncio.timeout(self._config.prefill_timeout):
                 return await self._try_prefill(call, data, with_params)

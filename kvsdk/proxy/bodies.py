@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvsdk.transfer_params import prefill_params
-
 # Of no use to a server that computes the prompt and one token: vLLM refuses some beside max_tokens=1 (min_tokens,
 # stream_options without stream), others make it compute or send more (log probabilities, echo, several choices), and
 # prompt_logprobs would keep it from using its own prefix cache.
@@ -23,8 +21,9 @@ _DROPPED = (
 )
 
 
-def prefill_body(body: Mapping[str, Any], *, with_params: bool) -> dict[str, Any]:
-    """The prefill server's copy of a request: the same prompt, one token, not streamed.
+def prefill_body(body: Mapping[str, Any], params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The prefill server's copy of a request: the same prompt, one token, not streamed, and these
+    `kv_transfer_params`.
 
     Everything that may change the tokens of the prompt (messages, tools, template arguments) stays.
     """
@@ -34,8 +33,8 @@ def prefill_body(body: Mapping[str, Any], *, with_params: bool) -> dict[str, Any
         prefill["max_completion_tokens"] = 1
     if "n" in body:
         prefill["n"] = 1
-    if with_params:
-        prefill["kv_transfer_params"] = prefill_params()
+    if params is not None:
+        prefill["kv_transfer_params"] = dict(params)
     return prefill
 
 

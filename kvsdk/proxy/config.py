@@ -8,9 +8,10 @@ import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvsdk.config import format_address, split_address
 from kvsdk.errors import ConfigError
 
-MODES = ("auto", "params", "repeat")
+MODES = ("auto", "params", "repeat", "early")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class ProxyConfig:
         prefill, decode: `http://host:port` of the servers, at least one of each.
         host, port: where the proxy listens; port 0 lets the system choose one.
         mode: `params` asks the prefill server for `kv_transfer_params` and passes its answer on; `repeat` only sends
-            the prompt to both, as vLLM's first examples did; `auto` asks, and repeats when there is no answer.
+            the prompt to both, as vLLM's first examples did; `auto` asks, and repeats when there is no answer; `early`
+            sends to both at once, and the decode server loads while the prefill server computes.
+        prefill_kv: for `early`, each prefill server's `kv_ip:kv_port`, in the order of `prefill`.
         connect_timeout: seconds until a connection to a server is given up.
         prefill_timeout: seconds for a whole prefill.
         decode_timeout: seconds that a decode server may be silent; a reply that is not streamed is silent until its
@@ -40,6 +43,7 @@ class ProxyConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     mode: str = "auto"
+    prefill_kv: tuple[str, ...] = ()
     connect_timeout: float = 2.0
     prefill_timeout: float = 300.0
     decode_timeout: float = 600.0
@@ -53,6 +57,11 @@ class ProxyConfig:
             object.__setattr__(self, name, _servers(name, getattr(self, name)))
         if self.mode not in MODES:
             raise ConfigError(f"--mode {self.mode} is not one of {', '.join(MODES)}")
+        kv = tuple(format_address(*split_address(item, what="--prefill-kv")) for item in self.prefill_kv)
+        object.__setattr__(self, "prefill_kv", kv)
+        if len(kv) != (len(self.prefill) if self.mode == "early" else 0):
+            wanted = "as many --prefill-kv as --prefill" if self.mode == "early" else "no --prefill-kv"
+            raise ConfigError(f"--mode {self.mode} takes {wanted}, not {len(kv)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is not a port; set it to 0..65535")
         if self.max_body_bytes < 1:

@@ -236,7 +236,8 @@ class BoundConnector(KVConnectorBase_V1):
                 context,
                 consumer=options.consumes,
                 producer=options.produces,
-                find_timeout=options.lookup_timeout + 1.0,
+                find_timeout=options.lookup_timeout + options.lookup_wait + 1.0,
+                announce_wait=options.announce_wait,
                 load_timeout=options.load_timeout,
             )
             self._alarm: Alarm | None = set_alarm(lambda lifecycle=self._scheduler: lifecycle.has_holds)
@@ -353,7 +354,9 @@ class BoundConnector(KVConnectorBase_V1):
             keys_ready=keys.done,
         )
         loadable = not request.skip_reading_prefix_cache
-        self._scheduler.add(view, num_tokens=lambda: request.num_tokens, loadable=loadable)
+        self._scheduler.add(
+            view, num_tokens=lambda: request.num_tokens, loadable=loadable, one_token=request.max_tokens == 1
+        )
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None

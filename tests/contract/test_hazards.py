@@ -219,7 +219,7 @@ def test_an_abort_at_any_moment_leaves_nothing(pair, steps, in_flight):
     if "b" not in d.finish_reasons:
         d.abort("b")
     run_all(p, d, until=lambda: not d.scheduler.has_requests() and not d._in_flight and not client(d).num_claims)
-    assert not half(d)._claims and not half(d)._asked and not client(d).num_tickets
+    assert not half(d)._claims and not half(d)._lookups and not client(d).num_tickets
     buffer(p).evict_all_unclaimed()
     at_rest(p, d)
 
@@ -228,7 +228,7 @@ def test_an_answer_that_comes_after_its_request_is_given_back(pair):
     p, d = pair()
     prefill(p, "a", prompt(100))
     d.add("b", prompt(100), max_tokens=5)
-    run_all(d, until=lambda: half(d)._asked)
+    run_all(d, until=lambda: half(d)._lookups)
     d.abort("b")
     run_all(p, d, until=lambda: buffer(p).counters["claimed"] and not buffer(p).num_claims, seconds=5)
     assert buffer(p).num_offers == 1, "nobody took the offer, so it is there for others"
@@ -359,7 +359,8 @@ def test_a_read_waits_for_an_offer_that_is_not_there_yet_and_not_for_one_that_ha
     offers = Offers()
     block_ids = np.arange(3, dtype=np.int32)
     threading.Timer(0.1, offers.add, ("late", block_ids)).start()
-    assert offers.get("late", time.monotonic() + 5).block_ids is block_ids
+    assert offers.get("late", time.monotonic() + 5).block_ids.tolist() == [0, 1, 2]
+    assert offers.get("later still", time.monotonic() + 0.05) is None
     offers.end("late")
     began = time.monotonic()
     with pytest.raises(KVError, match="late"):
@@ -529,11 +530,12 @@ def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
     for layers, tokens in ((1, 20), (7, 600)):
         p, d = pair(layers=layers)
         prefill(p, "a", prompt(tokens))
+        run_all(p, until=lambda p=p: len(worker_half(p)._offers))
         assert decode(d, "b", prompt(tokens), others=[p]) == tokens - 1
         counts.append(dict(sent))
         sent.clear()
         at_rest(p, d)
-    assert counts[0] == counts[1] == {"open": 1, "read": 1, "row": 1, "chunk": 1, "tensor": 1}
+    assert counts[0] == counts[1] == {"open": 1, "read": 1, "part": 1, "row": 1, "chunk": 1, "tensor": 1}
 
 
 def test_two_servers_load_from_each_other_at_the_same_time(engine):

@@ -259,8 +259,8 @@ def test_an_offer_past_kv_buffer_size_is_refused_with_the_size_it_needs(pair, ca
 
 def test_a_client_that_goes_away_while_loading_leaves_nothing(pair, monkeypatch):
     p, d = pair()
-    slow = Fetcher._load
-    monkeypatch.setattr(Fetcher, "_load", lambda self, task: (time.sleep(0.3), slow(self, task)))
+    slow = Fetcher._go_on
+    monkeypatch.setattr(Fetcher, "_go_on", lambda self, read: (time.sleep(0.3), slow(self, read))[1])
     prefill(p, "a", prompt(100))
     d.add("b", prompt(100), max_tokens=5)
     run_all(p, d, until=lambda: d.workers[0].connector._worker.num_open)

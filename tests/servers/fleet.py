@@ -73,10 +73,12 @@ class Fleet:
         self.servers.append(server)
         return server
 
-    def proxy(self, mode: str, prefill: Server, decode: Server, port: int) -> Server:
-        """Start `kvsdk proxy` in `mode` on `port`."""
+    def proxy(self, mode: str, prefill: Server, decode: Server, port: int, *, kv_port: int) -> Server:
+        """Start `kvsdk proxy` in `mode` on `port`; `kv_port` is the prefill server's."""
         command = [sys.executable, "-m", "kvsdk.cli", "proxy", "--host", HOST, "--port", str(port), "--mode", mode]
         command += ["--prefill", prefill.url, "--decode", decode.url]
+        if mode == "early":
+            command += ["--prefill-kv", f"{HOST}:{kv_port}"]
         server = Server(command, name=f"proxy-{mode}", port=port, log=self._folder / f"proxy-{mode}.log")
         self.servers.append(server)
         return server

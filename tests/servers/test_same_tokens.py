@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(400)]
 CHUNK = 64
 """Tokens of a prompt that one step computes."""
 LEASE = 4.0
-MODES = ("repeat", "params")
+MODES = ("repeat", "params", "early")
 MAX_MODEL_LEN = 640
 POOL = 28
 """Blocks of the decode server: eight requests of nine blocks do not fit, so that some are preempted."""
@@ -56,7 +56,10 @@ def servers(new_fleet, tiny_llama):
         prefill = start("prefill", json.loads(_printed_config(port)))
         by_path = {"kv_connector_module_path": "kvsdk.vllm.connectors"}
         decode = start("decode", consumer(port, **by_path), POOL)
-        proxies = {mode: fleet.proxy(mode, prefill, decode, at) for mode, at in zip(MODES, proxy_ports, strict=True)}
+        proxies = {
+            mode: fleet.proxy(mode, prefill, decode, at, kv_port=port)
+            for mode, at in zip(MODES, proxy_ports, strict=True)
+        }
         fleet.wait()
         met(decode, port)
         yield Servers(alone, prefill, decode, proxies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -19,13 +20,19 @@ import torch
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Channel
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, Source, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, chunk_blocks, cut
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerCache
 from kvsdk.pipe import OpenWindow, Pipe, open_window
 
 logger = logging.getLogger("kvsdk.pynccl")
+
+PART_WAIT = 0.004
+"""Seconds that a read waits at the producer for blocks that are still to be computed, before others have their turn."""
+
+OFFER_TIMEOUT = 10.0
+"""Seconds for the producer's worker to hear of an offer: it does in its next step, and steps may be long."""
 
 WRITERS = 2
 """Threads that digest and write what one producer sends, on a CPU: one chunk is digested while another is written."""
@@ -44,9 +51,11 @@ def local_ip_towards(address: str) -> str:
 
 @dataclasses.dataclass
 class _Read:
-    """What has come of one load.
+    """What has come of one load, in one part or many.
 
     Attributes:
+        began: when its first part was asked for; None before.
+        known: whether the producer's worker has heard of the offer.
         received: blocks, in order.
         bad: indices into the task's blocks that are not valid.
         reason: why the producer sends no more.
@@ -54,14 +63,23 @@ class _Read:
     """
 
     task: LoadTask
+    began: float | None = None
+    known: bool = False
     received: int = 0
     bad: list[np.ndarray] = dataclasses.field(default_factory=list)
     reason: KVError | None = None
     stopped: bool = False
 
+    @property
+    def total(self) -> int:
+        return len(self.task.blocks[0])
+
 
 class Fetcher:
-    """Loads from one producer's worker, one task after the other, until it has had nothing to do for `IDLE_SECONDS`.
+    """Loads from one producer's worker, until it has had nothing to do for `IDLE_SECONDS`.
+
+    One load after the other, but for those that wait for blocks which are still being computed: the others go on
+    meanwhile.
 
     Args:
         address: `host:port` of the producer's worker.
@@ -87,6 +105,7 @@ class Fetcher:
         self._room = chunk_blocks(staging_bytes, store.staging_bytes(1))
         self._chunk = self._room
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
+        self._reads: collections.deque[_Read] = collections.deque()  # under way; the thread's alone
         self._lock = threading.Lock()
         self._ended = False  # nothing is queued any more
         self._stop = threading.Event()
@@ -117,14 +136,13 @@ class Fetcher:
         try:
             with self._streams.own():
                 while not self._stop.is_set():
-                    try:
-                        task = self._tasks.get(timeout=IDLE_SECONDS)
-                    except queue.Empty:
-                        if self._end(only_if_idle=True):
-                            return
-                        continue
-                    if task is not None and not task.ended:
-                        self._load(task)
+                    if not self._take_new():
+                        return
+                    if self._reads:
+                        if self._go_on(self._reads[0]):
+                            self._reads.rotate(-1)
+                        else:
+                            self._reads.popleft()
         except Exception as error:
             logger.exception("the thread that loads from %s failed", self.address)
             reason = error
@@ -140,7 +158,21 @@ class Fetcher:
             self._ended = self._ended or not only_if_idle or self._tasks.empty()
             return self._ended
 
+    def _take_new(self) -> bool:
+        """Take over what was queued; waits for it when there is nothing else to do. False when the thread is to end."""
+        while True:
+            try:
+                task = self._tasks.get(timeout=IDLE_SECONDS) if not self._reads else self._tasks.get_nowait()
+            except queue.Empty:
+                return bool(self._reads) or not self._end(only_if_idle=True)
+            if task is None:
+                return True
+            if not task.ended:
+                self._reads.append(_Read(task))
+
     def _fail_queued(self, error: Exception) -> None:
+        for read in self._reads:
+            _fail(read.task, error)
         while True:
             try:
                 task = self._tasks.get_nowait()
@@ -149,11 +181,16 @@ class Fetcher:
             if task is not None:
                 _fail(task, error)
 
-    def _load(self, task: LoadTask) -> None:
-        began = time.monotonic()
+    def _go_on(self, read: _Read) -> bool:
+        """Get what there is of a load now. False when it has ended."""
+        task = read.task
+        if read.began is None:
+            read.began = time.monotonic()
         try:
-            self._connect_if_needed(task.deadline)
-            self._fetch(task)
+            if not task.ended:
+                self._connect_if_needed(task.deadline)
+                if self._fetch(read):
+                    return True
         except TaskEnded:
             logger.info("the load of request %s was given up", task.request_id)
         except KVError as error:
@@ -163,7 +200,8 @@ class Fetcher:
             logger.exception("loading from %s failed", self.address)
             self._disconnect()
             _fail(task, error)
-        self._counters.add("load_seconds", time.monotonic() - began)
+        self._counters.add("load_seconds", time.monotonic() - read.began)
+        return False
 
     def _connect_if_needed(self, deadline: float) -> None:
         if self._channel is not None:
@@ -211,69 +249,91 @@ class Fetcher:
         else:
             self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
 
-    def _fetch(self, task: LoadTask) -> None:
+    def _fetch(self, read: _Read) -> bool:
+        """Get a part of a load. False when it has ended, because all of it has come or because the rest will not."""
         assert self._channel is not None
-        source: Source = task.source
+        task, source = read.task, read.task.source
         self._read_id += 1
         self._channel.send(
             "read",
             read_id=self._read_id,
             transfer_id=source.transfer_id,
-            first=task.first_block,
-            count=len(task.blocks[0]),
+            first=task.first_block + read.received,
+            count=read.total - read.received,
             timeout=max(0.0, task.deadline - time.monotonic()),
+            wait=PART_WAIT,
         )
-        if self._window is not None:
-            self._read_in_place(task)
+        kind, fields = self._hear(task)
+        if kind == "later":
+            read.known = read.known or fields["known"]
+            if not read.known and time.monotonic() > read.began + OFFER_TIMEOUT:
+                raise KVError(f"{self.address} has no offer {source.transfer_id}")
+            return True
+        if kind == "failed":
+            read.reason = KVError(f"{self.address}: {fields['reason']}")
+        elif self._window is not None:
+            self._read_in_place(read, kind, fields)
         else:
-            self._receive(task)
+            self._receive(read, kind, fields)
+        if read.stopped:
+            raise TaskEnded(f"load of request {task.request_id}")
+        if read.reason is None and read.received < read.total:
+            return True
+        bad = np.concatenate([*read.bad, np.arange(read.received, read.total)])
+        if len(bad):
+            _fail(
+                task, read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad
+            )
+        else:
+            self._counters.add("loaded_blocks", read.total)
+            self._counters.add("loaded_bytes", self._store.staging_bytes(read.total))
+            task.done()
+        return False
 
-    def _end_well(self, task: LoadTask) -> None:
-        total = len(task.blocks[0])
-        self._counters.add("loaded_blocks", total)
-        self._counters.add("loaded_bytes", self._store.staging_bytes(total))
-        task.done()
+    def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
+        """Of what came from block `start` on, these blocks do not match their digests."""
+        if len(wrong):
+            read.bad.append(wrong + start)
+            self._counters.add("corrupt_blocks", len(wrong))
 
     # ---- a window
 
-    def _read_in_place(self, task: LoadTask) -> None:
+    def _read_in_place(self, read: _Read, kind: str, fields: dict[str, Any]) -> None:
         assert self._channel is not None
-        kind, fields = self._hear(task)
-        if kind == "failed":
-            _fail(task, KVError(f"{self.address}: {fields['reason']}"))
-            return
-        (block_ids,) = task.blocks
-        n = len(block_ids)
-        if kind != "blocks" or len(fields["ids"]) != 4 * n or (self._verify and len(fields["digests"]) != 8 * n):
+        count = len(fields.get("ids", b"")) // 4
+        if (
+            kind != "blocks"
+            or not 0 < count <= read.total - read.received
+            or len(fields["ids"]) != 4 * count
+            or (self._verify and len(fields["digests"]) != 8 * count)
+        ):
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
         ids = np.frombuffer(fields["ids"], "<i4").astype(np.int32)
         if ids.min() < 0 or ids.max() >= self._peer.layout.num_blocks:
             raise ProtocolError(f"{self.address} names blocks from {ids.min()} to {ids.max()}")
         try:
-            bad = self._pull(task, ids, fields["digests"])
+            wrong = self._pull(read.task, read.received, ids, fields["digests"])
         except TaskEnded:
             self._channel.send("stop", read_id=self._read_id)
             raise
         # Before the blocks count, and before a difference is taken for damage: did they stay what they were?
         self._channel.send("confirm", read_id=self._read_id)
-        kind, fields = self._hear(task)
+        kind, fields = self._hear(read.task)
         if kind == "failed":
-            _fail(task, KVError(f"{self.address}: {fields['reason']}"))
+            read.reason = KVError(f"{self.address}: {fields['reason']}")
         elif kind != "stands":
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        elif len(bad):
-            self._counters.add("corrupt_blocks", len(bad))
-            _fail(task, KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad)
         else:
-            self._end_well(task)
+            self._damaged(read, read.received, wrong)
+            read.received += count
 
-    def _pull(self, task: LoadTask, ids: np.ndarray, digests: bytes) -> np.ndarray:
+    def _pull(self, task: LoadTask, start: int, ids: np.ndarray, digests: bytes) -> np.ndarray:
         """Copy blocks out of the window; returns the indices of those that are not what they should be."""
-        (block_ids,) = task.blocks
         n, check = len(ids), {}
+        block_ids, first = task.blocks[0][start : start + n], task.first_block + start
         if self._verify:
             check = {
-                "positions": np.arange(task.first_block, task.first_block + n),
+                "positions": np.arange(first, first + n),
                 "expected": np.frombuffer(digests, "<u8").astype(np.uint64),
                 "wrong": self._store.new_wrong(n),
             }
@@ -287,29 +347,21 @@ class Fetcher:
 
     # ---- a stream
 
-    def _receive(self, task: LoadTask) -> None:
-        assert self._channel is not None and self._pipe is not None
-        total = len(task.blocks[0])
-        read = _Read(task)
-        while read.reason is None and read.received < total:
-            kind, fields = self._hear(task)
+    def _receive(self, read: _Read, kind: str, fields: dict[str, Any]) -> None:
+        assert self._pipe is not None
+        end = read.received + fields.get("count", 0)
+        if kind != "part" or not read.received < end <= read.total:
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        while read.reason is None and read.received < end:
+            kind, fields = self._hear(read.task)
             if kind == "failed":
                 read.reason = KVError(f"{self.address}: {fields['reason']}")
-                break
+                return
             count = fields.get("count", 0)
-            if kind != "row" or not 0 < count <= min(ROW_CHUNKS * self._chunk, total - read.received):
+            if kind != "row" or not 0 < count <= min(ROW_CHUNKS * self._chunk, end - read.received):
                 raise ProtocolError(f"{self.address} sent {kind} out of turn")
             sizes = [self._store.staging_bytes(n) for n in cut(count, self._chunk)]
-            self._pipe.recv_row(sizes, functools.partial(self._drain, read), task.deadline)
-        if read.stopped:
-            raise TaskEnded(f"load of request {task.request_id}")
-        bad = np.concatenate([*read.bad, np.arange(read.received, total)])
-        if len(bad):
-            _fail(
-                task, read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad
-            )
-        else:
-            self._end_well(task)
+            self._pipe.recv_row(sizes, functools.partial(self._drain, read), read.task.deadline)
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
@@ -354,9 +406,7 @@ class Fetcher:
                 self._channel.send("stop", read_id=self._read_id)
             read.stopped = True
         else:
-            if len(wrong):
-                read.bad.append(wrong + start)
-                self._counters.add("corrupt_blocks", len(wrong))
+            self._damaged(read, start, wrong)
 
     def _write(self, task: LoadTask, start: int, n: int, part: torch.Tensor, expected: np.ndarray | None) -> np.ndarray:
         """Write what is right of a chunk into the KV cache; returns the indices of what is not."""

@@ -17,7 +17,7 @@ from kvsdk.pipe import SLOTS
 _ID = Field(str, limit=64)
 
 WORKER_WIRE = Wire(
-    "kvsdk.worker/2",
+    "kvsdk.worker/3",
     {
         # consumer -> producer, to the worker's listener; answered once
         "open": {"pipe": _ID, "timeout": float, "chunk": int},
@@ -28,18 +28,28 @@ WORKER_WIRE = Wire(
         },  # the invite: a window, or a pipe's
         "refused": {"reason": str},
         # consumer -> producer, on the pair's own channel
-        "read": {"read_id": int, "transfer_id": Field(str, limit=1024), "first": int, "count": int, "timeout": float},
+        "read": {
+            "read_id": int,
+            "transfer_id": Field(str, limit=1024),
+            "first": int,
+            "count": int,
+            "timeout": float,
+            "wait": float,  # seconds for the first of these blocks to be computed
+        },
         "stop": {"read_id": int},
         "bye": {},
         # the same with a window: mapped; and may what was read count?
         "opened": {},
         "confirm": {"read_id": int},
-        # producer -> consumer: `row` goes before a row of the pipe with so many blocks, `chunk` before each message of
-        # it, with 8 bytes of digest a block, little-endian; after `failed` the rest of a row is worth nothing
+        # producer -> consumer: none of these blocks is there yet, nor perhaps the offer itself
+        "later": {"read_id": int, "known": bool},
+        # so many blocks come now. `row` goes before a row of the pipe with so many of them, `chunk` before each message
+        # of it, with 8 bytes of digest a block, little-endian; after `failed` the rest of a row is worth nothing
+        "part": {"read_id": int, "count": int},
         "row": {"read_id": int, "count": int},
         "chunk": {"read_id": int, "digests": bytes},
         "failed": {"read_id": int, "reason": str},
-        # the same with a window: block ids, 4 bytes each, and digests; the offer still stands
+        # the same with a window: as many block ids as there are now, 4 bytes each, and digests; the offer still stands
         "blocks": {"read_id": int, "ids": bytes, "digests": bytes},
         "stands": {"read_id": int},
     },

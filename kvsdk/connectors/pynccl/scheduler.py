@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import re
@@ -20,6 +21,7 @@ from kvsdk.buffer import (
     Pending,
     RemoteClaim,
     ServerCurve,
+    Unheard,
 )
 from kvsdk.config import Options, Producers, format_address
 from kvsdk.connector.interface import (
@@ -36,9 +38,27 @@ from kvsdk.connector.interface import (
 from kvsdk.connectors.pynccl.protocol import NO_DIGEST, Source, bind_address, compare
 from kvsdk.errors import ConfigError, OfferTooLarge
 from kvsdk.kernels import DIGEST_ALGORITHM
-from kvsdk.transfer_params import Role, classify, offer_params
+from kvsdk.transfer_params import Role, TransferParams, classify, offer_params
 
 logger = logging.getLogger("kvsdk.pynccl")
+
+ASK_EVERY = 0.004
+"""Seconds between two lookups of a transfer or a prompt that is still to come."""
+
+
+@dataclasses.dataclass
+class _Lookup:
+    """A request's question to producers.
+
+    Attributes:
+        until: when nothing more is asked, whatever the answer.
+        announced: whether only a transfer that was not heard of is asked for again, rather than any prompt.
+        again_at: when to ask again; None while an answer is awaited.
+    """
+
+    until: float
+    announced: bool
+    again_at: float | None = None
 
 
 class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
@@ -53,7 +73,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         self._producers: Producers | None = None
         self._asked_producers: tuple[str, ...] = ()
         self._claims: dict[str, RemoteClaim] = {}
-        self._asked: set[str] = set()
+        self._lookups: dict[str, _Lookup] = {}
         if options.produces:
             if options.kv_buffer_size < cache.block_bytes:
                 raise ConfigError(
@@ -128,30 +148,41 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         if self._client is None:
             return None
         claim = self._claims.get(request.id)
-        if claim is None:
-            if request.id not in self._asked:
-                if not request.keys_ready:
-                    return ASK_AGAIN
-                if not self._ask(request, num_local_tokens):
-                    return None
-                self._asked.add(request.id)
-                # The client's thread is sending now, under the lock that `poll` takes: up to 1 ms of everybody's step.
-                return ASK_AGAIN
-            answer = self._client.poll(request.id)
-            if answer is Pending:
-                return ASK_AGAIN
-            if answer is None:
+        if claim is not None:
+            if self._client.lost(claim):
+                logger.warning("request %s: %s ended the claim; the prompt is computed here", request.id, claim.address)
                 return None
-            claim = self._claims[request.id] = answer
-        elif self._client.lost(claim):
-            logger.warning("request %s: %s ended the claim; the prompt is computed here", request.id, claim.address)
-            return None
-        return Hit(claim.num_tokens, claim)
+            return Hit(claim.num_tokens, claim)
+        now, lookup = self.context.clock(), self._lookups.get(request.id)
+        if lookup is None or lookup.again_at is not None:
+            if not request.keys_ready or (lookup is not None and now < lookup.again_at):
+                return ASK_AGAIN
+            params = classify(request.kv_transfer_params)
+            if not self._ask(request, params, num_local_tokens):
+                return None
+            if lookup is None:
+                options = self.context.options
+                wait = options.announce_wait if params.announced else options.lookup_wait
+                lookup = self._lookups[request.id] = _Lookup(now + wait, params.announced)
+            lookup.again_at = None
+            # The client's thread is sending now, under the lock that `poll` takes: up to 1 ms of everybody's step.
+            return ASK_AGAIN
+        answer = self._client.poll(request.id)
+        if answer is Pending:
+            return ASK_AGAIN
+        if isinstance(answer, RemoteClaim):
+            self._claims[request.id] = answer
+            return Hit(answer.num_tokens, answer)
+        if (answer is Unheard or not lookup.announced) and now < lookup.until:
+            lookup.again_at = now + ASK_EVERY
+            return ASK_AGAIN
+        if answer is Unheard and lookup.announced:
+            logger.warning("request %s: its transfer did not begin in time; the prompt is computed here", request.id)
+        return None
 
-    def _ask(self, request: RequestView, num_local_tokens: int) -> bool:
+    def _ask(self, request: RequestView, params: TransferParams, num_local_tokens: int) -> bool:
         """Send the lookup; False when there is nothing to ask."""
         assert self._client is not None
-        params = classify(request.kv_transfer_params)
         if params.reason:
             logger.warning("request %s: its kv_transfer_params are ignored: %s", request.id, params.reason)
         if params.role is Role.DECODE_ELSEWHERE:
@@ -162,8 +193,12 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             self._asked_producers = producers
             logger.info("producers are now %s", ", ".join(producers) or "none")
             self._client.set_producers(producers)
+        address = None
         if params.role is Role.PREFILLED_ELSEWHERE and params.remote_host is not None:
             address = format_address(params.remote_host, params.remote_port)
+        elif params.announced and len(producers) == 1:
+            (address,) = producers
+        if address is not None:
             if self._may_ask(address):
                 self._client.find_by_id(request.id, address, params.transfer_id, request.keys, num_local_tokens)
                 return True
@@ -187,7 +222,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         return Source(tuple(claim.identity["workers"]), claim.transfer_id)
 
     def load_ended(self, request: RequestView, hit: Hit, ok: bool) -> None:
-        self._asked.discard(request.id)
+        self._lookups.pop(request.id, None)
         claim = self._claims.pop(request.id, None)
         if claim is not None and self._client is not None:
             self._client.release(claim, used=True)
@@ -198,20 +233,23 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
         claim = self._claims.pop(request.id, None)
         if claim is not None:
             self._client.release(claim, used=True)
-        elif request.id in self._asked:
+        elif request.id in self._lookups:
             self._client.cancel(request.id)
-        self._asked.discard(request.id)
+        self._lookups.pop(request.id, None)
 
     # ---- producer
 
     def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
         if self._buffer is None or self._server is None:
             return None
-        params = classify(request.kv_transfer_params)
+        transfer_id = self._chosen_id(request)
         try:
-            offer = self._buffer.insert(
-                request.keys, blocks[0], params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None
-            )
+            if transfer_id is not None and (self._buffer.over(transfer_id) or self._buffer.standing(transfer_id)):
+                offer = self._buffer.complete(transfer_id, blocks[0])
+                if offer is None:
+                    return None  # a consumer has all of it already
+            else:
+                offer = self._buffer.insert(request.keys, blocks[0], transfer_id)
         except (OfferTooLarge, BufferFull, ValueError) as error:
             logger.warning("request %s is not offered: %s", request.id, error)
             return None
@@ -226,6 +264,27 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
             tp_size=self.context.world_size,
         )
         return Keep(offer.transfer_id, answer)
+
+    @staticmethod
+    def _chosen_id(request: RequestView) -> str | None:
+        """The transfer id that a proxy has chosen for this prefill."""
+        params = classify(request.kv_transfer_params)
+        return params.transfer_id if params.role is Role.DECODE_ELSEWHERE else None
+
+    def announced(self, request: RequestView) -> str | None:
+        transfer_id = self._chosen_id(request)
+        if self._buffer is None or self._server is None or transfer_id is None:
+            return None
+        try:
+            self._buffer.announce(request.keys, transfer_id)
+        except (OfferTooLarge, BufferFull, ValueError) as error:
+            logger.warning("request %s is not announced: %s", request.id, error)
+            return None
+        return transfer_id
+
+    def broken_off(self, request: RequestView, hold_id: str) -> None:
+        if self._buffer is not None and self._buffer.break_off(hold_id):
+            logger.info("offer %s was broken off: request %s was not completed", hold_id, request.id)
 
     def give_up(self, num_blocks: int) -> None:
         if self._buffer is not None:

@@ -37,8 +37,8 @@ logger = logging.getLogger("kvsdk.pynccl")
 PAIR_TIMEOUT = 20.0
 """Most seconds to connect a pair."""
 
-OFFER_TIMEOUT = 10.0
-"""Most seconds that a read waits for its offer: this worker hears of one in its next step, and steps may be long."""
+LONGEST_WAIT = 1.0
+"""Most seconds that a consumer may have a read wait for blocks that are still to be computed."""
 
 MAX_PAIRS = 256
 """Most pairs at a time, those included that are being made: strangers can ask for them."""
@@ -86,16 +86,28 @@ class _Offer:
     """Blocks that may be read.
 
     Attributes:
-        digests: uint64, one for each block, of which the first `num_digested` were computed, while the offer stood.
-        failure: why there will be no more of them.
+        num_blocks: of the whole prompt.
+        block_ids: of those that are computed, or will be behind a fence; in the prompt's order.
+        digests: uint64, of the first of them, computed while the offer stood.
+        failure: why there will be no more digests.
     """
 
-    def __init__(self, block_ids: np.ndarray):
-        self.block_ids = block_ids
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self.block_ids = np.zeros(0, np.int32)
+        self.digests = np.zeros(0, np.uint64)
         self.standing = True
-        self.digests = np.empty(len(block_ids), np.uint64)
-        self.num_digested = 0
         self.failure: str | None = None
+        self._fences: list[tuple[int, Any]] = []
+
+    def grow(self, block_ids: np.ndarray, fence: Any) -> None:
+        self.block_ids = np.concatenate([self.block_ids, block_ids])
+        if fence is not None:
+            self._fences.append((len(self.block_ids), fence))
+
+    def fences(self, first: int) -> list[Any]:
+        """What the blocks from `first` on are ready behind."""
+        return [fence for end, fence in list(self._fences) if end > first]
 
 
 class Offers:
@@ -108,42 +120,57 @@ class Offers:
         self._changed = threading.Condition()
 
     def add(self, transfer_id: str, block_ids: np.ndarray) -> _Offer:
+        """An offer of a computed prompt."""
         with self._changed:
             self._ended.pop(transfer_id, None)
-            offer = self._offers[transfer_id] = _Offer(block_ids)
+            offer = self._offers[transfer_id] = _Offer(len(block_ids))
+            offer.grow(block_ids, None)
+            self._changed.notify_all()
+            return offer
+
+    def grow(self, transfer_id: str, block_ids: np.ndarray, num_blocks: int, fence: Any) -> _Offer:
+        """More of a prompt that is being computed."""
+        with self._changed:
+            offer = self._offers.get(transfer_id)
+            if offer is None:
+                self._ended.pop(transfer_id, None)
+                offer = self._offers[transfer_id] = _Offer(num_blocks)
+            offer.grow(block_ids, fence)
             self._changed.notify_all()
             return offer
 
     def digested(self, offer: _Offer, digests: np.ndarray) -> None:
-        """The digests of an offer's next blocks. If it ended before, they may be of anything and are dropped."""
+        """The digests of the next blocks of an offer. If it ended before, they may be of anything and are dropped."""
         with self._changed:
             if offer.standing:
-                first, offer.num_digested = offer.num_digested, offer.num_digested + len(digests)
-                offer.digests[first : offer.num_digested] = digests
+                offer.digests = np.concatenate([offer.digests, digests])
             self._changed.notify_all()
 
     def not_digested(self, offer: _Offer, failure: str) -> None:
-        """An offer's blocks cannot be digested, so nobody can read them."""
+        """The next blocks of an offer cannot be digested, so nobody can read them."""
         with self._changed:
             offer.failure = failure
             self._changed.notify_all()
 
-    def digests(self, offer: _Offer, first: int, count: int, deadline: float) -> np.ndarray:
-        """Digests of `count` of an offer's blocks; waits for them.
+    def ready(self, offer: _Offer, first: int, deadline: float, *, digested: bool) -> int:
+        """Up to which block an offer can be read, once it is more than `first` or the deadline has passed.
 
         Raises:
-            KVError: they were not there by the deadline, or there will be none.
+            KVError: the offer has ended, or its next blocks cannot be digested.
         """
         with self._changed:
-            while offer.num_digested < first + count:
+            while True:
                 if not offer.standing or self._closed:
                     raise KVError("the offer has ended")
+                ready = len(offer.digests if digested else offer.block_ids)
+                remaining = deadline - time.monotonic()
+                if ready > first:
+                    return ready
                 if offer.failure is not None:
                     raise KVError(offer.failure)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._changed.wait(remaining):
-                    raise KVError("its blocks were not digested in time")
-            return offer.digests[first : first + count]
+                if remaining <= 0:
+                    return ready
+                self._changed.wait(remaining)
 
     def end(self, transfer_id: str) -> None:
         """After this returns, `still` is false for the offer, whatever was read from its blocks."""
@@ -156,19 +183,21 @@ class Offers:
                 self._ended.popitem(last=False)
             self._changed.notify_all()
 
-    def get(self, transfer_id: str, deadline: float) -> _Offer:
-        """The offer; waits for one that has not been here, since a consumer may hear of it a step before this worker.
+    def get(self, transfer_id: str, deadline: float) -> _Offer | None:
+        """The offer, or None if it has not been here by the deadline: a consumer may hear of it a step before this
+        worker does.
 
         Raises:
-            KVError: there is no such offer.
+            KVError: it has ended.
         """
         with self._changed:
             while transfer_id not in self._offers:
                 if transfer_id in self._ended or self._closed:
                     raise KVError(f"the offer {transfer_id} has ended")
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._changed.wait(remaining):
-                    raise KVError(f"there is no offer {transfer_id}")
+                if remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
             return self._offers[transfer_id]
 
     def close(self) -> None:
@@ -325,18 +354,17 @@ class WorkerServer:
 
     def _tell(self, channel: Channel, fields: dict[str, Any]) -> None:
         """Answer a read of this worker's memory: which blocks, and their digests."""
-        read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+        read_id, first = fields["read_id"], fields["first"]
         deadline = time.monotonic() + max(0.0, fields["timeout"])
-        try:
-            offer = self._offers.get(fields["transfer_id"], min(deadline, time.monotonic() + OFFER_TIMEOUT))
-            if not 0 <= first < first + count <= len(offer.block_ids):
-                raise KVError(f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
-            digests = self._offers.digests(offer, first, count, deadline) if self._verify else None
-        except KVError as error:
-            channel.send("failed", read_id=read_id, reason=str(error))
+        found = find_part(self._offers, channel, fields, digested=self._verify)
+        if found is None:
             return
+        offer, count = found
+        if not self._verify:
+            for fence in offer.fences(first):
+                fence.synchronize()
         ids = offer.block_ids[first : first + count].astype("<i4").tobytes()
-        told = b"" if digests is None else digests.astype("<u8").tobytes()
+        told = offer.digests[first : first + count].astype("<u8").tobytes() if self._verify else b""
         channel.send("blocks", read_id=read_id, ids=ids, digests=told)
         while not channel.poll(0.5):
             if self._stop.is_set() or time.monotonic() > deadline:
@@ -427,46 +455,70 @@ def _ends_of_pairs(stop: threading.Event) -> Iterator[None]:
         logger.exception("a pair ends with an error")
 
 
+def find_part(offers: Offers, channel: Channel, fields: dict[str, Any], *, digested: bool) -> tuple[_Offer, int] | None:
+    """What of an offer a read gets now: as many of its blocks as there are. None when the consumer was told why not."""
+    read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+    by = time.monotonic() + min(max(0.0, fields["wait"]), LONGEST_WAIT)
+    try:
+        offer = offers.get(fields["transfer_id"], by)
+        if offer is None:
+            channel.send("later", read_id=read_id, known=False)
+            return None
+        if not 0 <= first < first + count <= offer.num_blocks:
+            raise KVError(f"the offer has {offer.num_blocks} blocks, not {first}..{first + count}")
+        count = min(count, offers.ready(offer, first, by, digested=digested) - first)
+    except KVError as error:
+        channel.send("failed", read_id=read_id, reason=str(error))
+        return None
+    if count <= 0:
+        channel.send("later", read_id=read_id, known=True)
+        return None
+    return offer, count
+
+
 class Digester:
-    """Digests the blocks of new offers where they lie, in a thread and on a stream of its own.
+    """Digests the blocks of offers where they lie, in a thread and on a stream of its own.
 
     So no consumer waits for more than what is left of that when it reads; and the digest is one of the blocks as they
     were offered, whatever carries them: what is written over an offer's blocks later, and what goes wrong when they are
-    gathered, does not match. Blocks of an offer are complete: its request has ended, and so has the model's work for
-    it.
+    gathered, does not match. The blocks are complete behind their fence.
     """
 
     def __init__(self, store: BlockStore, offers: Offers, streams: Streams):
         self._store, self._offers, self._streams = store, offers, streams
-        self._queue: queue.SimpleQueue[_Offer | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[_Offer, int, np.ndarray, Any] | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvsdk-digest", daemon=True)
         self._thread.start()
 
-    def add(self, offer: _Offer) -> None:
-        """Never waits."""
-        self._queue.put(offer)
+    def add(self, offer: _Offer, first: int, block_ids: np.ndarray, fence: Any) -> None:
+        """The blocks of an offer from `first` on; never waits."""
+        self._queue.put((offer, first, block_ids, fence))
 
     def _run(self) -> None:
         with self._streams.own():
-            while (offer := self._queue.get()) is not None:
+            while (part := self._queue.get()) is not None:
+                offer = part[0]
                 try:
-                    self._digest(offer)
+                    if offer.failure is None:
+                        self._digest(*part)
                 except Exception as error:
-                    logger.exception("the blocks of an offer could not be digested; reads of it fail")
+                    logger.exception("blocks of an offer could not be digested; reads of them fail")
                     self._offers.not_digested(offer, f"its blocks could not be digested: {type(error).__name__}")
 
-    def _digest(self, offer: _Offer) -> None:
-        count, piece = len(offer.block_ids), max(1, DIGEST_BYTES // self._store.staging_bytes(1))
+    def _digest(self, offer: _Offer, first: int, block_ids: np.ndarray, fence: Any) -> None:
+        count, piece = len(block_ids), max(1, DIGEST_BYTES // self._store.staging_bytes(1))
         digests = self._store.new_digests(min(count, piece))
-        for first in range(0, count, piece):
+        if fence is not None:
+            torch.cuda.current_stream().wait_event(fence)
+        for start in range(0, count, piece):
             if self._stop.is_set() or not self._offers.still(offer):
                 return
-            ids = offer.block_ids[first : first + piece]
-            self._store.digest_in_place(ids, np.arange(first, first + len(ids)), digests[: len(ids)])
+            ids, told = block_ids[start : start + piece], digests[: min(piece, count - start)]
+            self._store.digest_in_place(ids, np.arange(first + start, first + start + len(ids)), told)
             if self._store.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-            self._offers.digested(offer, digests[: len(ids)].numpy().view(np.uint64))
+            self._offers.digested(offer, told.numpy().view(np.uint64))
 
     def close(self, deadline: float) -> None:
         self._stop.set()
@@ -488,16 +540,15 @@ class _Read:
         self._failed = False
 
     def answer(self, fields: dict[str, Any], counters: Counters) -> None:
-        self._read_id, first, count = fields["read_id"], fields["first"], fields["count"]
+        self._read_id, first = fields["read_id"], fields["first"]
         self._deadline = time.monotonic() + max(0.0, fields["timeout"])
-        try:
-            offer = self._offers.get(fields["transfer_id"], min(self._deadline, time.monotonic() + OFFER_TIMEOUT))
-        except KVError as error:
-            self._fail(str(error))
+        found = find_part(self._offers, self._channel, fields, digested=self._verify)
+        if found is None:
             return
-        if not 0 <= first < first + count <= len(offer.block_ids):
-            self._fail(f"the offer has {len(offer.block_ids)} blocks, not {first}..{first + count}")
-            return
+        offer, count = found
+        for fence in offer.fences(first):
+            torch.cuda.current_stream().wait_event(fence)
+        self._channel.send("part", read_id=self._read_id, count=count)
         for start in range(first, first + count, ROW_CHUNKS * self._chunk):
             self._heed()
             if self._failed:
@@ -514,13 +565,7 @@ class _Read:
         n = part.numel() // self._store.staging_bytes(1)
         first = start + i * self._chunk
         self._store.gather(offer.block_ids[first : first + n], part)
-        told = b""
-        if self._verify:
-            try:
-                told = self._offers.digests(offer, first, n, self._deadline).astype("<u8").tobytes()
-            except KVError as error:
-                self._fail(str(error))
-                return
+        told = offer.digests[first : first + n].astype("<u8").tobytes() if self._verify else b""
         if part.is_cuda:
             torch.cuda.current_stream().synchronize()
         # What was gathered counts only if the offer stood until now: its blocks are written again only after

@@ -35,7 +35,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
         options = self.context.options
-        self._layout, self._store = layout, BlockStore(kv_caches, layout)
+        self._layout, self._store = layout, BlockStore(kv_caches, layout, max_sms=options.max_sms)
         self._device = self._store.device
         self._streams = Streams(self._device)
         self._kinds = choose(options.pipe, self._device.type)
@@ -85,7 +85,12 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
     def kept(self, hold_id: str, blocks: BlockIds) -> None:
         offer = self._offers.add(hold_id, blocks[0])
         if self._digester is not None:
-            self._digester.add(offer)
+            self._digester.add(offer, 0, blocks[0], None)
+
+    def grew(self, hold_id: str, first_block: int, blocks: BlockIds, num_blocks: int, fence: Any) -> None:
+        offer = self._offers.grow(hold_id, blocks[0], num_blocks, fence)
+        if self._digester is not None:
+            self._digester.add(offer, first_block, blocks[0], fence)
 
     def let_go(self, hold_id: str) -> None:
         self._offers.end(hold_id)
