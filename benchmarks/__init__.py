@@ -1,6 +1,6 @@
-"""Benchmarks: `python -m benchmarks.step` and `python -m benchmarks.idle`; results are in `benchmarks/results/`.
+"""Benchmarks: `python -m benchmarks.step`, `.idle`, `.cpu`, `.kernels`; results are in `benchmarks/results/`.
 
-Not part of the package. Each prints a table, and with `--out FILE` writes JSON that holds the raw samples.
+Not part of the package. Each prints a table, and writes JSON that holds the raw samples where it is told to.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import multiprocessing
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from html import escape
@@ -40,6 +41,8 @@ PAIRS = {"shm": "memcpy", "shm, no digests": "memcpy", "gloo": "raw gloo", "gloo
 """What is measured, and what it is held against."""
 AIMS = {"shm": 0.5, "gloo": 0.85}
 TIMEOUT = 60.0
+QUIET = 0.2
+"""Seconds in which the cores have to be idle before a round."""
 
 
 def ids(pool: int, count: int, seed: int) -> np.ndarray:
@@ -121,13 +124,35 @@ def produce(connection: Any, port: int, pool: int, block_bytes: int) -> None:
             digests = end.store.new_digests(count)
             end.store.digest_in_place(ids(pool, count, seed=count), np.arange(count), digests)
             connection.send(digests.numpy())
+        elif what == "cpu":
+            connection.send(time.process_time())
         else:
             gloo.send(data[: count * block_bytes * LAYERS])
     end.close()
 
 
-def measure(sizes_mib: list[int], block_bytes: int, rounds: int) -> dict[str, Any]:
-    """Raw samples in seconds: `{MiB: {what: [seconds]}}`, and the speeds of single steps."""
+def wait_for_quiet(patience: float) -> bool:
+    """Waits until other processes have left the cores alone for a moment; false if they have not within `patience`."""
+    limit = time.monotonic() + patience
+    while True:
+        before = _cpu_times()
+        time.sleep(QUIET)
+        spent = [after - then for after, then in zip(_cpu_times(), before, strict=True)]
+        if spent[3] + spent[4] >= 0.9 * sum(spent):  # idle, or waiting for a disk
+            return True
+        if time.monotonic() >= limit:
+            return False
+
+
+def _cpu_times() -> list[int]:
+    """Of all cores since the start: user, nice, system, idle, iowait and so on."""
+    return [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+
+
+def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float, rest: float) -> dict[str, Any]:
+    """Raw samples, `{MiB: {what: [seconds]}}`, on the wall clock and of both processes' CPU time; how many rounds were
+    not quiet; speeds of single steps.
+    """
     counts = {mib: max(1, (mib << 20) // (block_bytes * LAYERS)) for mib in sizes_mib}
     pool = 2 * max(counts.values())
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -141,6 +166,13 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int) -> dict[str, An
         addresses = ours.recv()
         gloo = RawGloo(port, 1)
         samples: dict[int, dict[str, list[float]]] = {}
+        spent: dict[int, dict[str, list[float]]] = {}
+        noisy: dict[int, int] = {}
+
+        def cpu_seconds() -> float:
+            ours.send(("cpu", 0))
+            return time.process_time() + ours.recv()
+
         for mib, count in counts.items():
             nbytes = count * block_bytes * LAYERS
             a, b = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
@@ -156,13 +188,19 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int) -> dict[str, An
                 "raw gloo": raw,
                 **{name: lambda n=name, c=count: load(end.halves[n], addresses[n], pool, c) for name in PAIRS},
             }
-            samples[mib] = {name: [] for name in operations}
+            samples[mib], spent[mib] = ({name: [] for name in operations} for _ in range(2))
+            noisy[mib] = 0
             for i in range(WARM_UP + rounds):
+                if patience and i >= WARM_UP:
+                    noisy[mib] += not wait_for_quiet(patience)
                 for name, operation in operations.items():
-                    began = time.perf_counter()
+                    time.sleep(rest)
+                    before, began = cpu_seconds(), time.perf_counter()
                     operation()
+                    seconds = time.perf_counter() - began
                     if i >= WARM_UP:
-                        samples[mib][name].append(time.perf_counter() - began)
+                        samples[mib][name].append(seconds)
+                        spent[mib][name].append(cpu_seconds() - before)
             digests = end.store.new_digests(count)
             end.store.digest_in_place(targets(pool, count), np.arange(count), digests)
             if not np.array_equal(digests.numpy(), expected):
@@ -174,18 +212,33 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int) -> dict[str, An
     finally:
         process.kill()
         process.join()
-    return {"seconds": samples, "bytes": {mib: count * block_bytes * LAYERS for mib, count in counts.items()}, **steps}
+    sizes = {mib: count * block_bytes * LAYERS for mib, count in counts.items()}
+    return {"seconds": samples, "cpu seconds": spent, "bytes": sizes, "rounds that were not quiet": noisy, **steps}
+
+
+class WaitedFor(LoadTask):
+    """Says when it ends: looking again and again would cost a core that the load needs."""
+
+    def __init__(self, order: LoadOrder, deadline: float):
+        super().__init__(order, deadline)
+        self.over = threading.Event()
+
+    def done(self) -> None:
+        super().done()
+        self.over.set()
+
+    def fail(self, error: BaseException, failed: np.ndarray | None = None) -> None:
+        super().fail(error, failed)
+        self.over.set()
 
 
 def load(half: PyNcclWorker, address: str, pool: int, count: int) -> None:
     """One load into blocks in random order."""
     source = Source((address,), str(count))
-    task = LoadTask(
-        LoadOrder(1, "r", (targets(pool, count),), 0, count * TOKENS, source, TIMEOUT), time.monotonic() + TIMEOUT
-    )
+    order = LoadOrder(1, "r", (targets(pool, count),), 0, count * TOKENS, source, TIMEOUT)
+    task = WaitedFor(order, time.monotonic() + TIMEOUT)
     half.load(task)
-    while not task.ended:
-        time.sleep(5e-4)
+    task.over.wait(TIMEOUT)
     if task.state is not TaskState.DONE:
         raise SystemExit(f"a load is {task.state.value}: {task.error}")
 
@@ -265,8 +318,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mib", type=int, nargs="+", default=list(SIZES_MIB), help="sizes of a load")
     parser.add_argument("--kib", type=int, default=BLOCK_KIB, help="KiB of a block in one layer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples of each (default: %(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=10.0,
+        help="most seconds to wait before each round until the cores are idle; 0 does not look (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rest",
+        type=float,
+        default=0.0,
+        help="seconds without work before each sample, for others on a shared machine (default: %(default)s)",
+    )
     args = parser.parse_args(arguments)
-    result = measure(args.mib, args.kib * 1024, args.rounds)
+    result = measure(args.mib, args.kib * 1024, args.rounds, args.patience, args.rest)
     samples, sizes, against = result["seconds"], result["bytes"], ratios(result["seconds"])
     rows: list[list[Any]] = [["GB/s, median", *(f"{mib} MiB" for mib in samples)]]
     for name in next(iter(samples.values())):
@@ -274,9 +339,15 @@ def main(arguments: list[str] | None = None) -> int:
     for name, by_size in against.items():
         aim = f", aim {AIMS[name]}" if name in AIMS else ""
         rows.append([f"{name} / {PAIRS[name]}{aim}", *(f"{ratio:.2f}" for ratio in by_size.values())])
+    for name in samples[args.mib[0]]:
+        spent = ((mib, statistics.median(by[name])) for mib, by in result["cpu seconds"].items())
+        rows.append([f"CPU s a GB, both processes: {name}", *(f"{cpu / sizes[mib] * 1e9:.2f}" for mib, cpu in spent)])
     steps = result["steps"]
     for name, seconds in steps["seconds"].items():
         rows.append([f"one thread: {name}", f"{steps['bytes'] / statistics.median(seconds) / 1e9:.2f}"])
+    if any(result["rounds that were not quiet"].values()):
+        counted = result["rounds that were not quiet"].values()
+        rows.append([f"of {args.rounds} rounds, not quiet", *map(str, counted)])
     widest = max(map(len, rows))
     print(table(row + [""] * (widest - len(row)) for row in rows))
     write(args.json, {"layers": LAYERS, "kib": args.kib, "ratios": against, **result})

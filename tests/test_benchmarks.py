@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from benchmarks import handoff, handoff_report, hooks, idle, legs, percentile, plots, step, streams, table
+from benchmarks import cpu, handoff, handoff_report, hooks, idle, legs, percentile, plots, step, streams, table
 from kvsdk.demo.servers import ServerFailed
 from kvsdk.errors import DeadlineExceeded
 
@@ -451,3 +451,16 @@ def test_handoff_goes_through_its_parts_and_everything_comes_over(tmp_path):
     assert all(s["fault"] is None for s in result["samples"])
     assert [entry["state"] for entry in result["inter_token"]] == list(handoff_report.STATES)
     assert result["steps"]["decode"]["all"]["worker"]["max"] > 0
+
+
+def test_cpu_hands_blocks_over_by_every_way_and_draws_it(tmp_path, capsys):
+    out, drawn = tmp_path / "cpu.json", tmp_path / "cpu.svg"
+    few = ["--mib", "1", "2", "--kib", "1", "--rounds", "2", "--patience", "0"]
+    assert cpu.main([*few, "--json", str(out), "--svg", str(drawn)]) == 0
+    result = json.loads(out.read_text())
+    for by in result["seconds"].values():
+        assert {"memcpy", "raw gloo", "shm", "gloo"} <= set(by)
+        assert all(len(samples) == 2 and min(samples) > 0 for samples in by.values())
+    assert result["bytes"] == {"1": 1 << 20, "2": 2 << 20}
+    assert "shm / memcpy, aim 0.5" in capsys.readouterr().out
+    assert xml.etree.ElementTree.parse(drawn).getroot().tag.endswith("svg")

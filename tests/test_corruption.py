@@ -1,6 +1,6 @@
 """Whatever happens to a block on its way is found, and a wrong block is never written: corruptions on purpose, seeded.
 
-Most go through the store alone, as a consumer's worker uses it; some hundreds through two worker halves and a pipe.
+Most go through the store alone; some hundreds through two worker halves and a pipe.
 On GPUs the kernels do the same work: tests/test_kernels_on_host.py runs them on a CPU, tests/gpu on a GPU.
 """
 

@@ -291,7 +291,7 @@ class Fetcher:
         return False
 
     def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
-        """These of the blocks from `start` on do not match their digests."""
+        """Of what came from block `start` on, these blocks do not match their digests."""
         if len(wrong):
             read.bad.append(wrong + start)
             self._counters.add("corrupt_blocks", len(wrong))

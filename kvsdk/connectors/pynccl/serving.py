@@ -88,8 +88,8 @@ class _Offer:
     Attributes:
         num_blocks: of the whole prompt.
         block_ids: of those that are computed, or will be behind a fence; in the prompt's order.
-        digests: uint64, one for each block, of which the first `num_digested` were computed, while the offer stood.
-        failure: why there will be no more of them.
+        digests: uint64, of the first of them, computed while the offer stood.
+        failure: why there will be no more digests.
     """
 
     def __init__(self, num_blocks: int):
@@ -97,8 +97,6 @@ class _Offer:
         self.block_ids = np.zeros(0, np.int32)
         self.digests = np.zeros(0, np.uint64)
         self.standing = True
-        self.digests = np.empty(num_blocks, np.uint64)
-        self.num_digested = 0
         self.failure: str | None = None
         self._fences: list[tuple[int, Any]] = []
 
@@ -142,15 +140,14 @@ class Offers:
             return offer
 
     def digested(self, offer: _Offer, digests: np.ndarray) -> None:
-        """The digests of an offer's next blocks. If it ended before, they may be of anything and are dropped."""
+        """The digests of the next blocks of an offer. If it ended before, they may be of anything and are dropped."""
         with self._changed:
             if offer.standing:
-                first, offer.num_digested = offer.num_digested, offer.num_digested + len(digests)
-                offer.digests[first : offer.num_digested] = digests
+                offer.digests = np.concatenate([offer.digests, digests])
             self._changed.notify_all()
 
     def not_digested(self, offer: _Offer, failure: str) -> None:
-        """An offer's blocks cannot be digested, so nobody can read them."""
+        """The next blocks of an offer cannot be digested, so nobody can read them."""
         with self._changed:
             offer.failure = failure
             self._changed.notify_all()
@@ -159,36 +156,21 @@ class Offers:
         """Up to which block an offer can be read, once it is more than `first` or the deadline has passed.
 
         Raises:
-            KVError: the offer has ended, or its blocks cannot be digested.
+            KVError: the offer has ended, or its next blocks cannot be digested.
         """
         with self._changed:
             while True:
                 if not offer.standing or self._closed:
                     raise KVError("the offer has ended")
-                if digested and offer.failure is not None:
-                    raise KVError(offer.failure)
-                ready = offer.num_digested if digested else len(offer.block_ids)
+                ready = len(offer.digests if digested else offer.block_ids)
                 remaining = deadline - time.monotonic()
-                if ready > first or remaining <= 0:
+                if ready > first:
                     return ready
-                self._changed.wait(remaining)
-
-    def digests(self, offer: _Offer, first: int, count: int, deadline: float) -> np.ndarray:
-        """Digests of `count` of an offer's blocks; waits for them.
-
-        Raises:
-            KVError: they were not there by the deadline, or there will be none.
-        """
-        with self._changed:
-            while offer.num_digested < first + count:
-                if not offer.standing or self._closed:
-                    raise KVError("the offer has ended")
                 if offer.failure is not None:
                     raise KVError(offer.failure)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._changed.wait(remaining):
-                    raise KVError("its blocks were not digested in time")
-            return offer.digests[first : first + count]
+                if remaining <= 0:
+                    return ready
+                self._changed.wait(remaining)
 
     def end(self, transfer_id: str) -> None:
         """After this returns, `still` is false for the offer, whatever was read from its blocks."""
@@ -516,11 +498,13 @@ class Digester:
     def _run(self) -> None:
         with self._streams.own():
             while (part := self._queue.get()) is not None:
+                offer = part[0]
                 try:
-                    self._digest(*part)
+                    if offer.failure is None:
+                        self._digest(*part)
                 except Exception as error:
-                    logger.exception("the blocks of an offer could not be digested; reads of it fail")
-                    self._offers.not_digested(part[0], f"its blocks could not be digested: {type(error).__name__}")
+                    logger.exception("blocks of an offer could not be digested; reads of them fail")
+                    self._offers.not_digested(offer, f"its blocks could not be digested: {type(error).__name__}")
 
     def _digest(self, offer: _Offer, first: int, block_ids: np.ndarray, fence: Any) -> None:
         count, piece = len(block_ids), max(1, DIGEST_BYTES // self._store.staging_bytes(1))
@@ -530,12 +514,11 @@ class Digester:
         for start in range(0, count, piece):
             if self._stop.is_set() or not self._offers.still(offer):
                 return
-            ids = block_ids[start : start + piece]
-            positions = np.arange(first + start, first + start + len(ids))
-            self._store.digest_in_place(ids, positions, digests[: len(ids)])
+            ids, told = block_ids[start : start + piece], digests[: min(piece, count - start)]
+            self._store.digest_in_place(ids, np.arange(first + start, first + start + len(ids)), told)
             if self._store.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-            self._offers.digested(offer, digests[: len(ids)].numpy().view(np.uint64))
+            self._offers.digested(offer, told.numpy().view(np.uint64))
 
     def close(self, deadline: float) -> None:
         self._stop.set()
@@ -559,7 +542,7 @@ class _Read:
     def answer(self, fields: dict[str, Any], counters: Counters) -> None:
         self._read_id, first = fields["read_id"], fields["first"]
         self._deadline = time.monotonic() + max(0.0, fields["timeout"])
-        found = find_part(self._offers, self._channel, fields, digested=False)
+        found = find_part(self._offers, self._channel, fields, digested=self._verify)
         if found is None:
             return
         offer, count = found
@@ -582,13 +565,7 @@ class _Read:
         n = part.numel() // self._store.staging_bytes(1)
         first = start + i * self._chunk
         self._store.gather(offer.block_ids[first : first + n], part)
-        told = b""
-        if self._verify:
-            try:
-                told = self._offers.digests(offer, first, n, self._deadline).astype("<u8").tobytes()
-            except KVError as error:
-                self._fail(str(error))
-                return
+        told = offer.digests[first : first + n].astype("<u8").tobytes() if self._verify else b""
         if part.is_cuda:
             torch.cuda.current_stream().synchronize()
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
