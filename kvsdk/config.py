@@ -34,8 +34,11 @@ log = logging.getLogger("kvsdk.config")
 ROLES = ("kv_producer", "kv_consumer", "kv_both")
 PIPES = ("auto", "peer", "gloo", "nccl")
 
-OWN_CONNECTORS = frozenset({"PyNcclConnector"})
-"""Connectors whose options are those of `Options` and no others."""
+OWN_CONNECTORS: Mapping[str, frozenset[str]] = {
+    "PyNcclConnector": frozenset(),
+    "LMCacheConnector": frozenset({"remote_url", "chunk_size", "max_local_cpu_size"}),
+}
+"""Connectors of this package, with the options that each has beside those of `Options`."""
 
 CONNECTOR_GROUP = "kvsdk.connectors"
 """Entry-point group in which other packages name their connectors, whose options are `Options` and `option_names`."""
@@ -496,7 +499,7 @@ def _option_names(connector: str, module_path: Any) -> frozenset[str] | None:
     if module_path not in (None, CONNECTORS_MODULE):
         return None
     if connector in OWN_CONNECTORS:
-        return frozenset()
+        return OWN_CONNECTORS[connector]
     installed = {point.name: point.value for point in importlib.metadata.entry_points(group=CONNECTOR_GROUP)}
     by_path = module_path is not None and ":" in connector
     target = connector if by_path else installed.get(connector)

@@ -363,6 +363,13 @@ class ProducerWorker(WorkerHalf):
         """
         task.fail(NotImplementedError(f"{type(self).__name__} answers save_from but has no save()"))
 
+    def flush(self) -> None:
+        """vLLM closes, which ends every task right after this: copy what was handed over to `save` and is open still.
+
+        Override it if what a server saves is to outlive it. Must return within `options.close_timeout`. Comes before
+        `close`, and not at all where that does not come.
+        """
+
 
 class _Pair:
     scheduler_half: ClassVar[type[SchedulerHalf]]

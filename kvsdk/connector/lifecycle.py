@@ -757,6 +757,11 @@ class WorkerLifecycle:
         return len(self._loads) + len(self._saves)
 
     def close(self) -> None:
+        if self._producer is not None and self._saves:
+            try:
+                self._producer.flush()
+            except Exception:
+                logger.exception("%s.flush failed; what was not saved is lost", type(self._half).__name__)
         for task in (*self._loads.values(), *self._saves.values()):
             task.expire(Cancelled("the worker closes"))
         self._half.close()

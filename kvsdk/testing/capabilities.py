@@ -70,6 +70,19 @@ PYNCCL = Capabilities(
     survives_restart=True,
 )
 
+LMCACHE_LM = Capabilities(
+    saves=True,
+    finds_by_prompt=True,
+    shared_prefixes=True,
+    block_errors=True,
+    verifies=True,
+    tensor_parallel=True,
+    mla=True,
+    dynamic_peers=True,
+    survives_restart=True,
+    restores=True,
+)
+
 IN_PROCESS_HANDOVER = PYNCCL
 
 IN_PROCESS_STORE = Capabilities(
@@ -89,6 +102,7 @@ IN_PROCESS_STORE = Capabilities(
 
 DECLARED: Mapping[str, Capabilities] = {
     "PyNcclConnector": PYNCCL,
+    "LMCacheConnector": LMCACHE_LM,
     "kvsdk.testing.in_process:HandOverConnector": IN_PROCESS_HANDOVER,
     "kvsdk.testing.in_process:StoreConnector": IN_PROCESS_STORE,
 }

@@ -15,7 +15,10 @@ from importlib.metadata import entry_points
 
 GROUP = "kvsdk.connectors"
 
-SHIPPED = {"PyNcclConnector": "kvsdk.connectors.pynccl:PyNcclConnector"}
+SHIPPED = {
+    "LMCacheConnector": "kvsdk.connectors.lmcache:LMCacheConnector",
+    "PyNcclConnector": "kvsdk.connectors.pynccl:PyNcclConnector",
+}
 """kvsdk's own, found even where kvsdk is on the path without being installed."""
 
 

@@ -1,0 +1,295 @@
+"""Fetches chunks from the server into host memory, checks them there, and keeps them until they are loaded."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from kvsdk.buffer.keys import KEY_BYTES
+from kvsdk.connector.counters import Counters
+from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.host_cache import HostMemory
+from kvsdk.connectors.lmcache.keys import ChunkNames, Known
+from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
+from kvsdk.errors import PeerGone, ProtocolError
+
+logger = logging.getLogger("kvsdk.lmcache")
+
+MAX_TICKETS = 4096
+"""Lookups at a time; more are answered with nothing."""
+
+
+class _State(enum.Enum):
+    WAITING = enum.auto()
+    READY = enum.auto()
+    MISSING = enum.auto()
+
+
+@dataclasses.dataclass(eq=False)
+class Chunk:
+    """A chunk that tickets ask for: several of them, where prompts begin alike.
+
+    Attributes:
+        name: on the server.
+        index: in its prompt.
+        buffer: its blocks, in host memory, once it is there.
+        parts: blocks of each part.
+    """
+
+    name: str
+    index: int
+    state: _State = _State.WAITING
+    references: int = 0
+    buffer: torch.Tensor | None = None
+    parts: list[int] = dataclasses.field(default_factory=list)
+    waiting: list[Ticket] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A lookup: the chunks that it asks for, then those that are there."""
+
+    chunks: list[Chunk]
+    deadline: float
+    expires: float
+    answer: Callable[[int], None]
+    ready: int = 0
+    answered: bool = False
+    pins: int = 0
+    released: bool = False
+
+
+class Chunks:
+    """The chunks in a worker's host memory. Any thread may use it.
+
+    Args:
+        pool: whose connections fetch.
+        lease: seconds that a ticket lasts without word from its holder.
+        limit: seconds that fetching one chunk may take.
+        verify: whether blocks are compared with their digests.
+        clock: of leases.
+    """
+
+    def __init__(
+        self,
+        *,
+        form: ChunkFormat,
+        names: ChunkNames,
+        known: Known,
+        server: Server,
+        pool: Pool,
+        memory: HostMemory,
+        lease: float,
+        limit: float,
+        verify: bool,
+        clock: Callable[[], float],
+        counters: Counters,
+    ):
+        self._form, self._names, self._known, self._server, self._pool = form, names, known, server, pool
+        self._memory, self._lease, self._limit, self._verify = memory, lease, limit, verify
+        self._clock, self._counters = clock, counters
+        self._lock = threading.Lock()
+        self._chunks: dict[str, Chunk] = {}
+        self._tickets: collections.OrderedDict[int, Ticket] = collections.OrderedDict()
+
+    def open(self, ticket_id: int, keys: bytes, first: int, timeout: float, answer: Callable[[int], None]) -> None:
+        """Fetch chunks; `answer` is called once with the number of those at the beginning that are there.
+
+        Args:
+            keys: 16 bytes for each chunk, in prompt order.
+            first: index of the first one in its prompt.
+            timeout: seconds after which `answer` is called with what is there by then.
+        """
+        names = [self._names.name(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES)]
+        with self._lock:
+            if len(self._tickets) >= MAX_TICKETS or ticket_id in self._tickets or not self._server.up:
+                answer(0)
+                return
+            new, chunks = [], []
+            for index, name in enumerate(names, first):
+                chunk = self._chunks.get(name)
+                if chunk is None or chunk.state is _State.MISSING:
+                    chunk = self._chunks[name] = Chunk(name, index)
+                    new.append(chunk)
+                chunk.references += 1
+                chunks.append(chunk)
+            ticket = Ticket(chunks, time.monotonic() + timeout, self._clock() + self._lease, answer)
+            self._tickets[ticket_id] = ticket
+            for chunk in chunks:
+                if chunk.state is _State.WAITING:
+                    chunk.waiting.append(ticket)
+            self._advance(ticket)
+        for chunk in new:
+            self._pool.submit(_Fetch(self, chunk))
+
+    def renew(self, ticket_ids: list[int]) -> None:
+        """Whoever holds these tickets is alive."""
+        with self._lock:
+            for ticket_id in ticket_ids:
+                if ticket_id in self._tickets:
+                    self._tickets[ticket_id].expires = self._clock() + self._lease
+
+    def release(self, ticket_id: int) -> None:
+        """The chunks are not needed any more; those that are being loaded stay until they are."""
+        with self._lock:
+            ticket = self._tickets.pop(ticket_id, None)
+            if ticket is not None:
+                ticket.released = True
+                self._answer(ticket)
+                self._drop_if_unused(ticket)
+
+    def tick(self) -> bool:
+        """Answer lookups whose time is up, end leases. Whether a lookup is open."""
+        now, lease_now = time.monotonic(), self._clock()
+        with self._lock:
+            open_lookups = False
+            for ticket_id, ticket in list(self._tickets.items()):
+                if not ticket.answered and now >= ticket.deadline:
+                    self._answer(ticket)
+                open_lookups = open_lookups or not ticket.answered
+                if lease_now >= ticket.expires and not ticket.pins:
+                    logger.warning("a lease of %.3g s on %d fetched chunks is over", self._lease, ticket.ready)
+                    del self._tickets[ticket_id]
+                    ticket.released = True
+                    self._answer(ticket)
+                    self._drop_if_unused(ticket)
+            return open_lookups
+
+    def pin(self, ticket_id: int) -> Ticket | None:
+        """A ticket whose chunks stay until `unpin`; None if it has ended."""
+        with self._lock:
+            ticket = self._tickets.get(ticket_id)
+            if ticket is not None:
+                ticket.pins += 1
+            return ticket
+
+    def unpin(self, ticket: Ticket) -> None:
+        """What `pin` returned is not used any more."""
+        with self._lock:
+            ticket.pins -= 1
+            self._drop_if_unused(ticket)
+
+    @property
+    def num_tickets(self) -> int:
+        """Lookups whose chunks are held."""
+        return len(self._tickets)
+
+    # ---- with the lock
+
+    def _advance(self, ticket: Ticket) -> None:
+        while ticket.ready < len(ticket.chunks) and ticket.chunks[ticket.ready].state is _State.READY:
+            ticket.ready += 1
+        if ticket.ready == len(ticket.chunks) or ticket.chunks[ticket.ready].state is _State.MISSING:
+            self._answer(ticket)
+
+    def _answer(self, ticket: Ticket) -> None:
+        if ticket.answered:
+            return
+        ticket.answered = True
+        rest, ticket.chunks = ticket.chunks[ticket.ready :], ticket.chunks[: ticket.ready]
+        for chunk in rest:
+            if ticket in chunk.waiting:
+                chunk.waiting.remove(ticket)
+            self._drop(chunk)
+        ticket.answer(ticket.ready)
+
+    def _drop_if_unused(self, ticket: Ticket) -> None:
+        if ticket.released and not ticket.pins:
+            chunks, ticket.chunks = ticket.chunks, []
+            for chunk in chunks:
+                self._drop(chunk)
+
+    def _drop(self, chunk: Chunk) -> None:
+        chunk.references -= 1
+        if chunk.references:
+            return
+        if self._chunks.get(chunk.name) is chunk:
+            del self._chunks[chunk.name]
+        if chunk.buffer is not None:
+            self._memory.give_back(chunk.buffer)
+            chunk.buffer = None
+
+    # ---- in a connection's thread
+
+    def wanted(self, chunk: Chunk) -> bool:
+        """Whether a lookup still waits for it."""
+        with self._lock:
+            return chunk.references > 0
+
+    def fetch(self, chunk: Chunk, connection: Connection) -> None:
+        """Fetch and check one chunk. Raises what `Connection.get` does."""
+        buffer = self._memory.take()
+        if buffer is None:
+            logger.info("%s is not fetched: max_local_cpu_size is in use", chunk.name)
+            self.missing(chunk)
+            return
+        ready = False
+        try:
+            losses = self._server.losses
+            header = bytearray(self._form.header_bytes)
+            into = [memoryview(header), memoryview(buffer.numpy())]
+            if not connection.get(chunk.name, into, time.monotonic() + self._limit):
+                self._known.discard(chunk.name)
+            elif (parts := self._checked(chunk, header, buffer)) is not None:
+                self._known.add(chunk.name, losses)
+                chunk.parts, ready = parts, True
+        finally:
+            if not ready:
+                self._memory.give_back(buffer)
+        self._finish(chunk, buffer if ready else None)
+
+    def missing(self, chunk: Chunk) -> None:
+        """It cannot be had."""
+        self._finish(chunk, None)
+
+    def _checked(self, chunk: Chunk, header: bytearray, buffer: torch.Tensor) -> list[int] | None:
+        """The chunk's parts, if it is what was stored."""
+        wrong = self._form.num_blocks
+        try:
+            parts, digests = self._form.read_header(chunk.name, header)
+            position = chunk.index * self._form.num_blocks
+            wrong = self._form.num_wrong(buffer, parts, digests, position) if self._verify else 0
+            if not wrong:
+                return parts
+            reason = f"{wrong} of {self._form.num_blocks} blocks do not match their digests"
+        except ProtocolError as error:
+            reason = str(error)
+        logger.warning("the chunk %s is damaged on the server and computed instead: %s", chunk.name, reason)
+        self._counters.add("corrupt_blocks", wrong)
+        self._known.discard(chunk.name, damaged=True)
+        return None
+
+    def _finish(self, chunk: Chunk, buffer: torch.Tensor | None) -> None:
+        with self._lock:
+            if buffer is not None and not chunk.references:
+                self._memory.give_back(buffer)
+                return
+            chunk.buffer = buffer
+            chunk.state = _State.MISSING if buffer is None else _State.READY
+            waiting, chunk.waiting = chunk.waiting, []
+            for ticket in waiting:
+                if not ticket.answered:
+                    self._advance(ticket)
+
+
+class _Fetch(Job):
+    def __init__(self, chunks: Chunks, chunk: Chunk):
+        self._chunks, self._chunk = chunks, chunk
+
+    def run(self, connection: Connection) -> None:
+        if self._chunks.wanted(self._chunk):
+            self._chunks.fetch(self._chunk, connection)
+
+    def fail(self, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            logger.warning("the chunk %s cannot be fetched: %s", self._chunk.name, error)
+        elif not isinstance(error, PeerGone):
+            logger.info("the chunk %s was not fetched: %s", self._chunk.name, error)
+        self._chunks.missing(self._chunk)

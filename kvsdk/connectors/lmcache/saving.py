@@ -1,0 +1,266 @@
+"""Copies finished chunks out of the KV cache into host memory, and stores them on the server in the background."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+
+import numpy as np
+import torch
+
+from kvsdk.buffer.keys import KEY_BYTES
+from kvsdk.connector.counters import Counters
+from kvsdk.connector.tasks import SaveTask
+from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.host_cache import HostMemory
+from kvsdk.connectors.lmcache.keys import ChunkNames, Known
+from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
+from kvsdk.connectors.pynccl.serving import Streams
+from kvsdk.errors import KVError, PeerGone, TaskEnded
+from kvsdk.kernels import BlockStore
+
+logger = logging.getLogger("kvsdk.lmcache")
+
+PATIENCE = 1.0
+"""Seconds that a save waits for host memory: meanwhile it holds blocks that vLLM may need."""
+
+MAX_PARTIAL = 64
+"""Chunks of which only the beginning has been computed; of more requests at a time the oldest are not saved."""
+
+PAUSE, MAX_PAUSE = 1.0, 30.0
+"""Seconds in which nothing is stored after the server has refused a chunk; they double up to the second figure."""
+
+
+@dataclasses.dataclass
+class _Partial:
+    """The beginning of a chunk.
+
+    Attributes:
+        index: of the chunk in its prompt.
+        ends: where each part ends, in blocks of the chunk.
+    """
+
+    index: int
+    buffer: torch.Tensor
+    digests: np.ndarray
+    ends: list[int] = dataclasses.field(default_factory=list)
+
+
+class Saver:
+    """Carries out save tasks, one after the other, in a thread of its own.
+
+    A task ends when its blocks have been copied, so that vLLM has them back whatever the network does; `drain` waits
+    for the rest.
+
+    Args:
+        pool: whose connections store.
+        limit: seconds that storing one chunk may take.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        *,
+        form: ChunkFormat,
+        names: ChunkNames,
+        known: Known,
+        server: Server,
+        pool: Pool,
+        memory: HostMemory,
+        block_size: int,
+        limit: float,
+        streams: Streams,
+        counters: Counters,
+    ):
+        self._store, self._form, self._names, self._known = store, form, names, known
+        self._server, self._pool, self._memory, self._block_size = server, pool, memory, block_size
+        self._limit, self._streams, self._counters = limit, streams, counters
+        self._partials: collections.OrderedDict[str, _Partial] = collections.OrderedDict()
+        self._tasks: queue.SimpleQueue[SaveTask | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._open = 0  # tasks that have not ended
+        self._pending = 0  # chunks that were copied and are not stored
+        self._pause, self._paused_until, self._why_paused = PAUSE, 0.0, ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvsdk-lmcache-save", daemon=True)
+        self._thread.start()
+
+    def save(self, task: SaveTask) -> None:
+        """Queue a task; never waits."""
+        self._count(tasks=1)
+        self._tasks.put(task)
+
+    def drain(self, deadline: float) -> bool:
+        """Wait until everything is stored or given up; false if it is not by `deadline` (on `time.monotonic`)."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._open and not self._pending, max(0.0, deadline - time.monotonic())
+            )
+
+    def drain_tasks(self, deadline: float) -> bool:
+        """Wait until every task has ended, which frees its blocks; false if one has not by `deadline`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._open, max(0.0, deadline - time.monotonic()))
+
+    def _count(self, *, tasks: int = 0, chunks: int = 0) -> None:
+        with self._changed:
+            self._open += tasks
+            self._pending += chunks
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        with self._streams.own():
+            while True:
+                task = self._tasks.get()
+                if task is None:
+                    return
+                try:
+                    self._save(task)
+                    task.done()
+                except TaskEnded as ended:
+                    logger.info("%s", ended)
+                except Exception as error:
+                    if not isinstance(error, KVError):
+                        logger.exception("saving blocks of request %s failed", task.request_id)
+                    with contextlib.suppress(TaskEnded):
+                        task.fail(error)
+                finally:
+                    self._count(tasks=-1)
+
+    def _save(self, task: SaveTask) -> None:
+        if not self._server.up:
+            raise PeerGone(f"the LMCache server at {self._server.address} is down")
+        if time.monotonic() < self._paused_until:
+            raise KVError(self._why_paused)
+        per_chunk, first = self._form.num_blocks, task.first_block
+        end = min(first + len(task.blocks[0]), task.num_tokens // self._block_size)  # whole blocks alone
+        for index in range(first // per_chunk, -(-end // per_chunk)):
+            start, stop = max(first, index * per_chunk), min(end, (index + 1) * per_chunk)
+            if stop < (index + 1) * per_chunk:
+                # The prompt ends with a partly filled block: there is no rest of this chunk to wait for.
+                if task.num_tokens % self._block_size == 0:
+                    self._copy_part(task, index, start, stop)
+                return
+            name = self._names.name(task.keys[(stop - 1 - first) * KEY_BYTES : (stop - first) * KEY_BYTES])
+            if self._known.has(name, self._server.losses):
+                self._forget_partial(task.request_id)
+                continue
+            partial = self._copy_part(task, index, start, stop)
+            if partial is not None:
+                del self._partials[task.request_id]
+                self._submit(name, partial)
+
+    def _copy_part(self, task: SaveTask, index: int, start: int, stop: int) -> _Partial | None:
+        """Copy blocks `start` to `stop` of the prompt; None where the chunk's beginning is not there."""
+        begin = index * self._form.num_blocks
+        partial = self._partials.get(task.request_id)
+        if partial is not None and (partial.index != index or (start > begin and start - begin not in partial.ends)):
+            self._forget_partial(task.request_id)
+            partial = None
+        if partial is None:
+            if start > begin:
+                return None
+            while len(self._partials) >= MAX_PARTIAL:
+                self._forget_partial(next(iter(self._partials)))
+            buffer = self._memory.take()
+            while buffer is None and self._partials:
+                self._forget_partial(next(iter(self._partials)))
+                buffer = self._memory.take()
+            buffer = self._memory.take(PATIENCE) if buffer is None else buffer
+            if buffer is None:
+                raise KVError("the server takes chunks too slowly: the host memory for them is full")
+            partial = _Partial(index, buffer, np.zeros(self._form.num_blocks, np.uint64))
+            self._partials[task.request_id] = partial
+        partial.ends = [end for end in partial.ends if end <= start - begin]
+        if task.fence is not None:
+            task.fence.synchronize()
+        ids = task.blocks[0][start - task.first_block : stop - task.first_block]
+        into = self._form.part(partial.buffer, start - begin, stop - begin)
+        partial.digests[start - begin : stop - begin] = self._copy(task, ids, start, into)
+        partial.ends.append(stop - begin)
+        return partial
+
+    def _copy(self, task: SaveTask, ids: np.ndarray, position: int, into: torch.Tensor) -> np.ndarray:
+        """Copy blocks into host memory; returns their digests."""
+        digests = self._store.new_digests(len(ids))
+        positions = np.arange(position, position + len(ids))
+        if self._store.device.type != "cuda":
+            with task.using():
+                self._store.gather_digest(ids, positions, into, digests)
+        else:
+            staging = self._staging[: into.numel()]
+            with task.using():
+                self._store.gather_digest(ids, positions, staging, digests)
+                torch.cuda.current_stream().synchronize()
+            into.copy_(staging, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return digests.numpy().view(np.uint64)
+
+    @property
+    def _staging(self) -> torch.Tensor:
+        if not hasattr(self, "_device_buffer"):
+            self._device_buffer = self._store.staging(self._form.num_blocks)
+        return self._device_buffer
+
+    def _forget_partial(self, request_id: str) -> None:
+        partial = self._partials.pop(request_id, None)
+        if partial is not None:
+            self._memory.give_back(partial.buffer)
+
+    def _submit(self, name: str, partial: _Partial) -> None:
+        parts = np.diff([0, *partial.ends]).tolist()
+        header = self._form.header(name, parts, partial.digests)
+        self._count(chunks=1)
+        self._pool.submit(_Store(self, name, header, partial.buffer))
+
+    # ---- in a connection's thread
+
+    def store(self, name: str, header: bytes, buffer: torch.Tensor, connection: Connection) -> None:
+        """Store one chunk, unless the server has it."""
+        losses, deadline = self._server.losses, time.monotonic() + self._limit
+        if self._known.is_damaged(name) or not connection.exists(name, deadline):
+            if not connection.put(name, [memoryview(header), memoryview(buffer.numpy())], deadline):
+                raise KVError(f"the LMCache server at {self._server.address} does not keep what is stored")
+            self._counters.add("stored_chunks")
+            self._counters.add("sent_bytes", len(header) + buffer.numel())
+        self._pause = PAUSE
+        self._known.add(name, losses)
+        self._end(buffer)
+
+    def not_stored(self, name: str, buffer: torch.Tensor, error: Exception) -> None:
+        """A chunk could not be stored; nothing is for a while."""
+        self._counters.add("store_failures")
+        now = time.monotonic()
+        if self._server.up and now >= self._paused_until and not self._stop.is_set():
+            self._why_paused = f"nothing is stored for {self._pause:.3g} s: {error}"
+            logger.warning("the chunk %s was not stored; %s", name, self._why_paused)
+            self._paused_until, self._pause = now + self._pause, min(2 * self._pause, MAX_PAUSE)
+        self._end(buffer)
+
+    def _end(self, buffer: torch.Tensor) -> None:
+        self._memory.give_back(buffer)
+        self._count(chunks=-1)
+
+    def close(self, deadline: float) -> None:
+        """End the thread, with what it does now; bounded by `deadline`, twice is fine."""
+        self._stop.set()
+        self._tasks.put(None)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("the thread that saves chunks has not ended in time")
+
+
+class _Store(Job):
+    def __init__(self, saver: Saver, name: str, header: bytes, buffer: torch.Tensor):
+        self._saver, self._name, self._header, self._buffer = saver, name, header, buffer
+
+    def run(self, connection: Connection) -> None:
+        self._saver.store(self._name, self._header, self._buffer, connection)
+
+    def fail(self, error: Exception) -> None:
+        self._saver.not_stored(self._name, self._buffer, error)

@@ -1,0 +1,148 @@
+"""The worker half: stores chunks of its KV cache on the server, fetches others into host memory and loads them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.util
+import time
+from typing import Any
+
+import torch
+
+from kvsdk.connector.counters import Counters
+from kvsdk.connector.interface import ConsumerWorker, Context, ProducerWorker
+from kvsdk.connector.tasks import LoadTask, SaveTask
+from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.fetching import Chunks
+from kvsdk.connectors.lmcache.host_cache import HostMemory
+from kvsdk.connectors.lmcache.keys import ChunkNames, Known
+from kvsdk.connectors.lmcache.lm_client import Pool, Server
+from kvsdk.connectors.lmcache.loading import Loader
+from kvsdk.connectors.lmcache.lookup import LookupServer
+from kvsdk.connectors.lmcache.saving import Saver
+from kvsdk.connectors.lmcache.settings import read_settings
+from kvsdk.connectors.pynccl.serving import Streams
+from kvsdk.errors import ConfigError
+from kvsdk.kernels import BlockStore
+from kvsdk.layout import CacheLayout
+
+logger = logging.getLogger("kvsdk.lmcache")
+
+FETCH_CONNECTIONS, STORE_CONNECTIONS = 4, 2
+"""Apart, so that a lookup never waits behind a chunk that is being stored."""
+
+
+class LMCacheWorker(ProducerWorker, ConsumerWorker):
+    """Moves chunks between one worker's KV cache and the server."""
+
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self._settings = read_settings(context.options.extra, context.cache.block_size)
+        self._counters = Counters()
+        self._server: Server | None = None
+        self._pools: list[Pool] = []
+        self._saver: Saver | None = None
+        self._loader: Loader | None = None
+        self._lookups: LookupServer | None = None
+        self._at_exit: Any = None
+
+    def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
+        context, options, settings = self.context, self.context.options, self._settings
+        store = BlockStore(kv_caches, layout)
+        form = ChunkFormat(layout, settings.chunk_size // layout.block_size)
+        names, known = ChunkNames(context, layout, settings.chunk_size), Known()
+        buffers = settings.host_bytes // form.payload_bytes
+        if buffers < options.produces + options.consumes:
+            gigabytes = (options.produces + options.consumes) * form.payload_bytes / 2**30
+            raise ConfigError(
+                f"max_local_cpu_size holds {buffers} chunks of {form.payload_bytes} bytes; set it to at least "
+                f"{gigabytes:.3g} (GiB)"
+            )
+        # Half of it each, so that chunks which are to be stored never keep lookups waiting.
+        pinned, share = store.device.type == "cuda", buffers // (options.produces + options.consumes)
+        streams = Streams(store.device)
+        self._server = Server(settings.host, settings.port, timeout=options.lookup_timeout, on_state=self._tell)
+        common = {"form": form, "names": names, "known": known, "server": self._server, "counters": self._counters}
+        if options.produces:
+            self._saver = Saver(
+                store,
+                pool=self._pool("store", STORE_CONNECTIONS),
+                memory=HostMemory(form.payload_bytes, share, pinned=pinned),
+                block_size=layout.block_size,
+                limit=options.load_timeout,
+                streams=streams,
+                **common,
+            )
+        if options.consumes:
+            chunks = Chunks(
+                pool=self._pool("fetch", FETCH_CONNECTIONS),
+                memory=HostMemory(form.payload_bytes, share, pinned=pinned),
+                lease=options.lease,
+                limit=options.load_timeout,
+                verify=options.verify,
+                clock=context.clock,
+                **common,
+            )
+            self._loader = Loader(store, form=form, chunks=chunks, streams=streams, counters=self._counters)
+            self._lookups = LookupServer(
+                fetch=chunks.open,
+                renew=chunks.renew,
+                release=chunks.release,
+                tick=chunks.tick,
+                up=lambda server=self._server: server.up,
+            )
+        self._server.wait_known(options.lookup_timeout + 1.0)
+        # vLLM does not close in every case, and a process of multiprocessing leaves out `atexit`.
+        self._at_exit = multiprocessing.util.Finalize(None, self._close_at_exit, exitpriority=100)
+        logger.info(
+            "chunks of %d tokens (%d bytes) at lm://%s, up to %d in host memory",
+            settings.chunk_size,
+            form.payload_bytes,
+            self._server.address,
+            buffers,
+        )
+
+    def _pool(self, name: str, connections: int) -> Pool:
+        assert self._server is not None
+        pool = Pool(self._server, name, connections)
+        self._pools.append(pool)
+        return pool
+
+    def _tell(self, up: bool) -> None:
+        if self._lookups is not None:
+            self._lookups.look()
+
+    def handshake(self) -> dict[str, Any]:
+        return {"address": self._lookups.address if self._lookups is not None else ""}
+
+    def load(self, task: LoadTask) -> None:
+        assert self._loader is not None
+        self._loader.load(task)
+
+    def save(self, task: SaveTask) -> None:
+        assert self._saver is not None
+        self._saver.save(task)
+
+    def flush(self) -> None:
+        if self._saver is not None:
+            self._saver.drain_tasks(time.monotonic() + self.context.options.close_timeout)
+
+    def take_counters(self) -> dict[str, float]:
+        return self._counters.take()
+
+    def _close_at_exit(self) -> None:
+        self.flush()
+        self.close()
+
+    def close(self) -> None:
+        deadline = time.monotonic() + self.context.options.close_timeout
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+        if self._saver is not None and not self._saver.drain(deadline):
+            logger.warning("the server took chunks too slowly: some were not stored before the end")
+        deadline = max(deadline, time.monotonic() + 0.5)
+        if self._server is not None:
+            self._server.close(deadline)
+        for part in (self._lookups, *self._pools, self._saver, self._loader):
+            if part is not None:
+                part.close(deadline)
