@@ -85,6 +85,7 @@ class LookupClient:
         self._lookups: dict[int, _Lookup] = {}
         self._outbox: collections.deque[bytes] = collections.deque()
         self._lock = threading.Lock()
+        self._heard = threading.Event()
         self._stop = threading.Event()
         self._waker = _Waker()
         self._sockets = []
@@ -96,6 +97,10 @@ class LookupClient:
             self._sockets.append(one)
         self._thread = threading.Thread(target=self._run, name="kvsdk-lmcache-lookup", daemon=True)
         self._thread.start()
+
+    def wait_heard(self, timeout: float) -> bool:
+        """Wait until every worker has said whether it reaches the server; false if one has not within `timeout`."""
+        return self._heard.wait(timeout)
 
     @property
     def up(self) -> bool:
@@ -178,6 +183,8 @@ class LookupClient:
         with self._lock:
             if kind == "state":
                 self._up[rank] = fields["up"]
+                if len(self._up) == len(self._sockets):
+                    self._heard.set()
             elif kind == "fetched" and fields["ticket"] in self._lookups:
                 self._lookups[fields["ticket"]].counts[rank] = fields["count"]
 

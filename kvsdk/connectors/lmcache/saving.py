@@ -142,8 +142,8 @@ class Saver:
         for index in range(first // per_chunk, -(-end // per_chunk)):
             start, stop = max(first, index * per_chunk), min(end, (index + 1) * per_chunk)
             if stop < (index + 1) * per_chunk:
-                # The prompt ends with a partly filled block: there is no rest of this chunk to wait for.
-                if task.num_tokens % self._block_size == 0:
+                # With a partly filled block, the prompt's last, there is no rest of this chunk to wait for.
+                if end == first + len(task.blocks[0]):
                     self._copy_part(task, index, start, stop)
                 return
             name = self._names.name(task.keys[(stop - 1 - first) * KEY_BYTES : (stop - first) * KEY_BYTES])

@@ -25,6 +25,10 @@ from kvsdk.errors import ConfigError
 logger = logging.getLogger("kvsdk.lmcache")
 
 
+START_TIMEOUT = 5.0
+"""Most seconds that the start waits for the workers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Asked:
     ticket: int
@@ -49,6 +53,8 @@ class LMCacheScheduler(ProducerScheduler, ConsumerScheduler):
             )
         if self.context.options.consumes:
             self._client = LookupClient([worker["address"] for worker in workers], self.context.options.lease)
+            if not self._client.wait_heard(START_TIMEOUT):
+                logger.warning("a worker has not said whether it reaches the LMCache server; prompts are computed here")
 
     # ---- consumer
 

@@ -47,9 +47,7 @@ class Settings:
         if self.unused:
             logger.info("settings of LMCache that kvsdk does not use: %s", ", ".join(self.unused))
         for name in self.misspelt:
-            logger.warning(
-                "%s is read by nothing: LMCache's settings begin with LMCACHE_, as in %s", name, name.upper()
-            )
+            logger.warning("%s is read by nothing; LMCache's name for it is %s", name, name.upper())
 
 
 def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping[str, str] | None = None) -> Settings:
@@ -75,7 +73,7 @@ def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping
     given |= {name: (name, value) for name, value in extra.items()}
 
     host, port = _url(*given.pop("remote_url", ("", None)))
-    chunk_size = _number(*given.pop("chunk_size", ("chunk_size", 256)), whole=True)
+    chunk_size = int(_number(*given.pop("chunk_size", ("chunk_size", 256)), whole=True))
     gigabytes = _number(*given.pop("max_local_cpu_size", ("max_local_cpu_size", 5.0)))
     where, serde = given.pop("remote_serde", ("remote_serde", "naive"))
     if serde != "naive":
@@ -87,7 +85,7 @@ def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping
         )
     unused = tuple(sorted(where.partition(" in ")[0] for where, _ in given.values()))
     misspelt = tuple(sorted(name for name in environ if name.startswith("LMCache_")))
-    return Settings(host, port, int(chunk_size), int(gigabytes * 2**30), unused, misspelt)
+    return Settings(host, port, chunk_size, int(gigabytes * 2**30), unused, misspelt)
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -119,9 +117,7 @@ def _url(where: str, url: Any) -> tuple[str, int]:
     if not host or not port or parts.path.strip("/"):
         raise ConfigError(f"{where}={url!r} is not lm://host:port")
     if parts.scheme != "lm":
-        raise ConfigError(
-            f"{where}={url!r} names another store than LMCache's lm:// server, the one that kvsdk speaks to"
-        )
+        raise ConfigError(f"{where}={url!r} is no lm:// server of LMCache's, which is what kvsdk speaks to")
     return host, port
 
 

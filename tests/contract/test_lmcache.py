@@ -1,0 +1,405 @@
+"""LMCacheConnector's promises: chunks, faults of the server, what the model's thread spends."""
+
+import time
+
+import numpy as np
+import pytest
+from support.lm_server import EXIST, GET, PUT, LMServer
+
+from kvsdk.connectors.lmcache import LMCacheConnector
+from kvsdk.errors import ConfigError
+from kvsdk.testing import Prompt, Subject, World
+from kvsdk.testing.capabilities import LMCACHE_LM
+
+pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("no_thread_left")]
+
+CHUNK = 8  # two blocks
+
+
+@pytest.fixture
+def server(monkeypatch):
+    # Chunks arrive in the order in which they were computed.
+    monkeypatch.setattr("kvsdk.connectors.lmcache.worker.STORE_CONNECTIONS", 1)
+    with LMServer() as one:
+        yield one
+
+
+def world(server, roles=("kv_producer", "kv_consumer"), *, policy="recompute", engine=None, **options):
+    common = {
+        "remote_url": server.url, "chunk_size": CHUNK, "max_local_cpu_size": 0.01, "lookup_timeout": 0.3,
+        "close_timeout": 2.0,
+    }  # fmt: skip
+    subject = Subject(LMCacheConnector, LMCACHE_LM, options=common | options)
+    return World(subject, roles, policy=policy, **(engine or {}))
+
+
+def half_of(one, engine):
+    """The engine's worker half."""
+    return one.engines[engine].workers[0].connector._half
+
+
+def store(one, prompt, engine=0):
+    """Have an engine compute a prompt, and wait until the server has its chunks."""
+    number = one.add(engine, prompt)
+    one.run(number)
+    wait_until(lambda: half_of(one, engine)._saver.drain(time.monotonic()))
+    return number
+
+
+def load(one, prompt, engine=1):
+    """Have an engine answer a prompt; returns how many tokens it did not compute."""
+    number = one.add(engine, prompt, 4)
+    one.run(number)
+    return one.cached(number)
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+# ---- chunks
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16, 30, 40])
+def test_every_whole_chunk_is_stored_and_loaded(server, length):
+    with world(server) as one:
+        store(one, Prompt(length))
+        assert len(server.stored) == length // CHUNK
+        # Of a prompt of whole chunks vLLM computes the last token itself.
+        assert load(one, Prompt(length)) == min(length // CHUNK * CHUNK, length - 1)
+
+
+@pytest.mark.parametrize("budget", [4, 12, 20, 28])
+def test_chunks_that_are_computed_in_several_steps_are_whole(server, budget):
+    with world(server, engine={"max_num_batched_tokens": budget, "max_num_seqs": 4}) as one:
+        prompts = [Prompt(43, family) for family in range(1, 4)]
+        for number in [one.add(0, prompt) for prompt in prompts]:
+            one.run(number)
+        half_of(one, 0)._saver.drain(time.monotonic() + 5.0)
+        assert len(server.stored) == 15
+        assert [load(one, prompt) for prompt in prompts] == [40, 40, 40]
+
+
+def test_the_beginning_that_vllm_has_itself_is_not_loaded(server):
+    with world(server, ("kv_both", "kv_both")) as one:
+        one.run(one.add(1, Prompt(12)))  # three blocks: a chunk and a half
+        store(one, Prompt(40))
+        asked = server.count(GET)
+        assert load(one, Prompt(40)) == 39
+        assert server.count(GET) - asked == 4, "a chunk was fetched that vLLM has"
+        assert one.stats("loaded_blocks", 1) == 7
+
+
+def test_what_the_server_has_is_neither_copied_nor_sent_again(server):
+    with world(server, ("kv_both", "kv_both")) as one:
+        store(one, Prompt(40))
+        assert load(one, Prompt(40)) == 39
+        assert half_of(one, 1)._saver.drain(time.monotonic() + 5.0)
+        assert server.count(PUT) == 5
+        assert one.stats("stored_chunks") == 5
+
+
+def test_prompts_that_begin_alike_share_chunks_and_fetch_each_once(server):
+    with world(server) as one:
+        store(one, Prompt(40, 1, shared=32))
+        server.delay = 0.02
+        asked = server.count(GET)
+        numbers = [one.add(1, Prompt(40, family, shared=32), 2) for family in (2, 3, 4)]
+        one.run(*numbers)
+        # The four shared ones, and each prompt's own last one, which is missing.
+        assert server.count(GET) - asked <= 7
+        assert [one.cached(number) for number in numbers] == [32, 32, 32]
+
+
+def test_a_prompt_without_a_whole_chunk_asks_nobody(server):
+    with world(server) as one:
+        store(one, Prompt(CHUNK - 1))
+        load(one, Prompt(CHUNK - 1))
+        assert {server.count(GET), server.count(PUT), server.count(EXIST)} == {0}
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [{"model_id": "other"}, {"chunk_size": 4}, {"engine": {"mla": True}}, {"engine": {"block_size": 8}}],
+    ids=str,
+)
+def test_servers_that_differ_share_nothing(server, difference):
+    with world(server, ("kv_both",)) as one:
+        store(one, Prompt(40))
+    before = set(server.stored)
+    with world(server, ("kv_both",), **difference) as other:
+        assert load(other, Prompt(40), 0) == 0
+        half_of(other, 0)._saver.drain(time.monotonic() + 5.0)
+    assert len(server.stored) > len(before)
+
+
+def test_three_servers_share_one(server):
+    with world(server, ("kv_both", "kv_both", "kv_both")) as one:
+        for engine in range(3):
+            store(one, Prompt(40, family=1 + engine), engine)
+        for engine in range(3):
+            for family in range(1, 4):
+                assert load(one, Prompt(40, family), engine) >= 36
+
+
+# ---- the end of a producer
+
+
+def test_a_producer_that_ends_right_away_loses_no_chunk(server):
+    server.delay = 0.02
+    one = world(server, ("kv_producer",))
+    one.run(one.add(0, Prompt(80)))
+    one.close()
+    assert len(server.stored) == 10
+
+
+def test_closing_waits_no_longer_than_close_timeout_for_a_slow_server(server, caplog):
+    one = world(server, ("kv_producer",), close_timeout=0.2, lookup_timeout=5.0)
+    server.delay = 1.0
+    one.run(one.add(0, Prompt(80)))
+    began = time.monotonic()
+    one.close()
+    assert time.monotonic() - began < 2.0
+    assert "some were not stored before the end" in caplog.text
+
+
+# ---- faults of the server
+
+
+def test_a_server_that_is_not_there_costs_nothing(server, caplog):
+    server.close()
+    with world(server, ("kv_both",), lookup_timeout=5.0) as one:
+        began = time.monotonic()
+        assert load(one, Prompt(40), 0) == 0
+        assert time.monotonic() - began < 2.0
+    assert "is down: nobody answers" in caplog.text
+
+
+def test_a_server_that_is_killed_and_restarted_gives_hits_again(server):
+    with world(server, ("kv_both", "kv_both")) as one:
+        store(one, Prompt(40))
+        assert load(one, Prompt(40)) == 39
+        server.close()
+        assert load(one, Prompt(40, family=2)) == 0
+        with LMServer(server.port) as again:
+            began, family = time.monotonic(), 2
+            while True:
+                family += 1
+                one.run(one.add(0, Prompt(40, family)))
+                half_of(one, 0)._saver.drain(time.monotonic() + 5.0)
+                if load(one, Prompt(40, family)) == 39:
+                    break
+                assert time.monotonic() - began < 10.0, "no hit within 10 s"
+                time.sleep(0.1)
+            assert len(again.stored) >= 5
+            # What the old server had is not taken for something that the new one has.
+            one.engines[0].reset()
+            store(one, Prompt(40))
+            wait_until(lambda: load(one, Prompt(48, family=1), 1) >= 40)
+
+
+def test_a_frozen_server_is_waited_for_once(server):
+    with world(server, ("kv_both", "kv_both"), lookup_timeout=0.5) as one:
+        store(one, Prompt(40))
+        server.frozen.set()
+        seconds = []
+        for family in range(10, 16):
+            began = time.monotonic()
+            load(one, Prompt(40, family))
+            seconds.append(time.monotonic() - began)
+        server.frozen.clear()
+        assert seconds[0] < 2.0
+        assert max(seconds[1:]) < 0.3, f"it was waited for again: {seconds}"
+        wait_until(lambda: half_of(one, 1)._server.up)
+        wait_until(lambda: one.engines[1].connector._scheduler._half._client.up)
+        assert load(one, Prompt(40)) == 39
+
+
+def test_a_server_that_freezes_while_a_prompt_is_fetched(server):
+    with world(server, lookup_timeout=0.3) as one:
+        store(one, Prompt(40))
+        number = one.add(1, Prompt(40), 4)
+        server.delay = 0.02
+        one.step(1)
+        server.frozen.set()
+        began = time.monotonic()
+        one.run(number)
+        assert time.monotonic() - began < 2.0
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize("cut_after", [0, 50, 300])
+def test_a_connection_that_is_cut_inside_a_payload_is_a_chunk_computed(server, cut_after, policy):
+    with world(server, policy=policy) as one:
+        store(one, Prompt(40))
+        server.cut_after = cut_after
+        assert load(one, Prompt(40)) == 0
+        server.cut_after = None
+        assert load(one, Prompt(48)) >= 40
+        assert one.stats("loads_failed") == 0
+
+
+def test_a_connection_that_is_cut_once_costs_nothing(server):
+    with world(server) as one:
+        store(one, Prompt(40))
+        store(one, Prompt(40, 2))
+        assert load(one, Prompt(40, 2)) == 39  # the connections are there, and not new
+        server.cut_after, server.cuts = 100, 1
+        assert load(one, Prompt(40)) == 39
+
+
+def damaged(server, how):
+    """Change what the server has of the chunk that was stored last but one."""
+    key = list(server.stored)[-2]
+    form, dtype, shape, payload = server.stored[key]
+    content = bytearray(payload)
+    if how == "cut":
+        del content[len(content) // 2 :]
+        shape = (len(content), 0, 0, 0)
+    elif how == "header":
+        content[20] ^= 1
+    elif how == "digests":
+        content[60] ^= 1
+    elif how == "another chunk":
+        content[:] = next(iter(server.stored.values()))[3]
+    elif how == "kind":
+        form = 1
+    else:
+        content[-1 if how == "last byte" else len(content) // 2] ^= 0x80
+    server.stored[key] = (form, dtype, shape, bytes(content))
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize("how", ["last byte", "middle", "header", "digests", "another chunk", "cut", "kind"])
+def test_a_damaged_payload_is_found_counted_and_computed(server, how, policy):
+    with world(server, policy=policy) as one:
+        store(one, Prompt(40))
+        damaged(server, how)
+        assert load(one, Prompt(40)) == 24, "the chunks before the damaged one, and no more"
+        assert one.stats("loads_failed") == 0
+        # A payload of another length or kind is refused before it is read.
+        assert (one.stats("corrupt_blocks", 1) > 0) == (how not in ("cut", "kind"))
+
+
+def test_a_damaged_chunk_is_stored_anew_by_the_server_that_computed_it(server):
+    with world(server, ("kv_both", "kv_both")) as one:
+        store(one, Prompt(40))
+        damaged(server, "middle")
+        assert load(one, Prompt(40)) == 24
+        assert half_of(one, 1)._saver.drain(time.monotonic() + 5.0)
+        one.restart(0)
+        assert load(one, Prompt(40), 0) == 39
+
+
+def test_without_verification_a_chunk_is_taken_as_it_is(server):
+    from kvsdk.vllm.harness import WrongBytes
+
+    one = world(server, verify=False)
+    try:
+        store(one, Prompt(40))
+        damaged(server, "middle")
+        with pytest.raises(WrongBytes):
+            load(one, Prompt(40))
+    finally:
+        one.close()
+
+
+def test_a_full_server_is_said_and_not_asked_for_ever(server, caplog):
+    server.capacity = 0
+    with world(server, ("kv_both", "kv_both")) as one:
+        for family in range(1, 8):
+            load(one, Prompt(40, family), 0)
+        assert half_of(one, 0)._saver.drain(time.monotonic() + 5.0)
+        assert not server.stored
+        assert 1 <= server.count(PUT) <= 12, "a server that keeps nothing is sent everything"
+        assert one.stats("store_failures", 0) >= 1
+        assert "nothing is stored for" in caplog.text
+        # What it has can still be loaded, and once there is room chunks are stored again.
+        server.capacity = None
+        wait_until(lambda: time.monotonic() > half_of(one, 0)._saver._paused_until)
+        store(one, Prompt(40, family=20))
+        assert load(one, Prompt(40, family=20)) == 39
+
+
+def test_two_producers_store_the_same_chunks_at_once(server):
+    with world(server, ("kv_both", "kv_both", "kv_both")) as one:
+        server.delay = 0.01
+        numbers = [one.add(engine, Prompt(40)) for engine in (0, 1)]
+        one.run(*numbers)
+        for engine in (0, 1):
+            assert half_of(one, engine)._saver.drain(time.monotonic() + 5.0)
+        assert len(server.stored) == 5
+        assert load(one, Prompt(40), 2) == 39
+
+
+# ---- bounds
+
+
+def test_host_memory_is_bounded(server):
+    chunk = 512  # two blocks of four tokens, in two layers of two heads of four float32 each
+    with world(server) as one:
+        store(one, Prompt(80))
+    with world(server, max_local_cpu_size=3 * chunk / 2**30) as one:
+        assert load(one, Prompt(80)) in (CHUNK, 2 * CHUNK, 3 * CHUNK)
+        server.delay = 0.05
+        one.run(one.add(0, Prompt(80, family=2)))
+        assert half_of(one, 0)._saver._memory.num_used <= 3
+
+
+def test_fetched_chunks_go_when_they_were_loaded(server):
+    with world(server) as one:
+        store(one, Prompt(40))
+        assert load(one, Prompt(40)) == 39
+        chunks = half_of(one, 1)._loader._chunks
+        wait_until(lambda: chunks.num_tickets == 0)
+        assert chunks._memory.num_used == 0
+
+
+def test_fetched_chunks_go_when_the_request_is_aborted(server):
+    with world(server) as one:
+        store(one, Prompt(40))
+        number = one.add(1, Prompt(40), 4)
+        one.step(1)
+        one.abort(number)
+        chunks = half_of(one, 1)._loader._chunks
+        wait_until(lambda: chunks.num_tickets == 0 and chunks._memory.num_used == 0)
+
+
+def test_the_models_thread_spends_less_than_half_a_millisecond_on_a_save(server):
+    server.delay = 0.05
+    with world(server, ("kv_producer",), engine={"num_blocks": 512, "max_model_len": 512}) as one:
+        half = half_of(one, 0)
+        save, seconds = half.save, []
+
+        def timed(task):
+            began = time.perf_counter()
+            save(task)
+            seconds.append(time.perf_counter() - began)
+
+        half.save = timed
+        for family in range(1, 5):
+            one.run(one.add(0, Prompt(200, family)))
+        assert len(seconds) >= 32
+        assert np.median(seconds) < 0.0005
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"chunk_size": 6}, "chunk_size=6 is not a multiple of vLLM's block size of 4; set chunk_size to 8"),
+        ({"chunk_size": 0}, "chunk_size=0 is out of range"),
+        ({"remote_url": "redis://127.0.0.1:6379"}, "redis"),
+        ({"remote_url": "lm://127.0.0.1"}, "is not lm://host:port"),
+        ({"max_local_cpu_size": 1e-9}, "max_local_cpu_size holds 0 chunks"),
+        ({"chunk_sizes": 8}, "the nearest known option is 'chunk_size'"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_ends_the_start_by_name(server, options, named):
+    with pytest.raises(ConfigError, match=named.replace("(", r"\(")):
+        world(server, ("kv_both",), **options)

@@ -1,0 +1,310 @@
+"""The client of `lm://` servers: every wait has a deadline, a lost server is found again, a stalled one waited for once."""
+
+import threading
+import time
+
+import pytest
+from support.lm_server import EXIST, GET, HEALTH, PUT, LMServer
+
+from kvsdk.connectors.lmcache import lm_client
+from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
+from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, REQUEST_BYTES, Command, decode_reply, encode_request
+from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed, ProtocolError
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+KEY = "model@1@0@ab12@bfloat16"
+
+
+@pytest.fixture
+def server():
+    with LMServer() as one:
+        yield one
+
+
+def connect(server, timeout=2.0):
+    return Connection("127.0.0.1", server.port, timeout)
+
+
+def soon(seconds=5.0):
+    return time.monotonic() + seconds
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def reply(code=200, length=0, form=4, dtype=6, shape=(0, 0, 0, 0)):
+    from support.lm_server import REPLY
+
+    return REPLY.pack(code, length, form, dtype, *shape, 0)
+
+
+# ---- the protocol
+
+
+def test_requests_and_replies_have_the_sizes_of_the_protocol():
+    assert (REQUEST_BYTES, REPLY_BYTES) == (186, 36)
+    from support.lm_server import REQUEST
+
+    command, length, form, dtype, location, *shape, key = REQUEST.unpack(encode_request(Command.PUT, KEY, 1000))
+    assert (command, length, form, dtype, location, shape) == (1, 1000, 4, 6, 0, [1000, 0, 0, 0])
+    assert key == KEY.encode().ljust(150)
+
+
+@pytest.mark.parametrize("key", ["x" * 151, "a b@1@0@1@half", "ü@1@0@1@half"])
+def test_a_key_that_does_not_fit_is_refused(key):
+    with pytest.raises(ProtocolError, match="no key"):
+        encode_request(Command.GET, key)
+
+
+@pytest.mark.parametrize("length", [-1, 2**31])
+def test_a_length_that_does_not_fit_is_refused(length):
+    with pytest.raises(ProtocolError, match="cannot be announced"):
+        encode_request(Command.PUT, KEY, length)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"x" * 35, "35 bytes"),
+        (reply(code=7), "code 7"),
+        (reply(length=-5), "-5 bytes"),
+        (reply(length=8, shape=(9, 0, 0, 0)), "shape"),
+        (reply(length=8, form=1, shape=(8, 0, 0, 0)), "kind 1"),
+        (reply(length=8, dtype=3, shape=(8, 0, 0, 0)), "dtype 3"),
+    ],
+)
+def test_a_reply_that_is_none_is_a_protocol_error(data, named):
+    with pytest.raises(ProtocolError, match=named):
+        decode_reply(data)
+
+
+def test_replies_say_yes_no_and_how_much():
+    assert decode_reply(reply(length=8, shape=(8, 0, 0, 0))) == 8
+    assert decode_reply(reply()) == 0
+    assert decode_reply(reply(code=400)) is None
+
+
+# ---- a connection
+
+
+def test_what_was_put_is_got_back_byte_for_byte(server):
+    connection = connect(server)
+    payload = bytes(range(256)) * 40_000
+    assert not connection.exists(KEY, soon())
+    assert connection.put(KEY, [memoryview(payload[:100]), memoryview(payload[100:])], soon())
+    assert connection.exists(KEY, soon())
+    first, second = bytearray(7), bytearray(len(payload) - 7)
+    assert connection.get(KEY, [memoryview(first), memoryview(second)], soon())
+    assert bytes(first + second) == payload
+    assert not connection.get("other@1@0@1@half", [memoryview(first)], soon())
+    connection.health(soon())
+    connection.close()
+    assert [command for command, _ in server.requests] == [EXIST, PUT, EXIST, EXIST, GET, GET, HEALTH]
+
+
+def test_a_put_is_confirmed_only_by_the_server_that_keeps_it(server):
+    connection = connect(server)
+    server.capacity = 10
+    with pytest.raises(PeerGone):
+        connection.put(KEY, [memoryview(bytes(100))], soon())
+    connection.close()
+
+
+def test_another_length_than_was_stored_is_a_protocol_error(server):
+    connection = connect(server)
+    assert connection.put(KEY, [memoryview(bytes(100))], soon())
+    with pytest.raises(ProtocolError, match="100 bytes"):
+        connection.get(KEY, [memoryview(bytearray(50))], soon())
+    connection.close()
+
+
+@pytest.mark.parametrize("what", ["exists", "get", "put", "health"])
+def test_a_stalled_server_costs_its_timeout(server, what):
+    connection = connect(server, timeout=0.2)
+    server.frozen.set()
+    arguments = {"exists": [KEY], "get": [KEY, [memoryview(bytearray(9))]], "put": [KEY, [memoryview(b"x")]]}
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        getattr(connection, what)(*arguments.get(what, []), soon())
+    assert 0.15 < time.monotonic() - began < 1.0
+    connection.close()
+
+
+def test_the_deadline_of_a_request_counts_as_well_as_the_timeout(server):
+    connection = connect(server, timeout=60.0)
+    server.frozen.set()
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        connection.exists(KEY, soon(0.2))
+    assert time.monotonic() - began < 1.0
+    connection.close()
+
+
+def test_a_payload_that_is_cut_is_a_lost_peer(server):
+    connection = connect(server)
+    assert connection.put(KEY, [memoryview(bytes(1000))], soon())
+    server.cut_after = 500
+    with pytest.raises(PeerGone, match="closed the connection"):
+        connection.get(KEY, [memoryview(bytearray(1000))], soon())
+    connection.close()
+
+
+def test_nobody_listens():
+    with LMServer() as gone:
+        port = gone.port
+    with pytest.raises(PeerGone, match="nobody answers"):
+        Connection("127.0.0.1", port, 1.0)
+
+
+# ---- a pool
+
+
+class Ask(Job):
+    """Asks for a key; `said` is the answer or the error."""
+
+    def __init__(self, key=KEY, hold=None):
+        self.key, self.hold = key, hold
+        self.said = None
+        self.ended = threading.Event()
+
+    def run(self, connection):
+        if self.hold is not None:
+            self.hold.wait(5.0)
+        self._end(connection.exists(self.key, soon()))
+
+    def fail(self, error):
+        self._end(error)
+
+    def _end(self, said):
+        self.said = said
+        self.ended.set()
+
+    def answer(self, seconds=5.0):
+        assert self.ended.wait(seconds), "no answer"
+        return self.said
+
+
+class Client:
+    def __init__(self, port, timeout=0.3, connections=2):
+        self.states = []
+        self.server = Server("127.0.0.1", port, timeout=timeout, on_state=self.states.append)
+        self.pool = Pool(self.server, "test", connections)
+        self.server.wait_known(2.0)
+
+    def ask(self, **more):
+        job = Ask(**more)
+        self.pool.submit(job)
+        return job
+
+    def close(self):
+        self.pool.close(soon(2.0))
+        self.server.close(soon(2.0))
+
+
+@pytest.fixture
+def client(server):
+    one = Client(server.port)
+    yield one
+    one.close()
+
+
+def test_jobs_are_carried_out(client):
+    assert [job.answer() for job in [client.ask() for _ in range(20)]] == [False] * 20
+
+
+def test_no_more_requests_are_in_flight_than_connections(client, server):
+    server.delay = 0.05
+    began = time.monotonic()
+    for job in [client.ask() for _ in range(8)]:
+        assert job.answer() is False
+    assert time.monotonic() - began >= 4 * 0.05
+
+
+def test_a_stalled_server_is_waited_for_once_and_found_again(client, server):
+    assert client.ask().answer() is False
+    server.frozen.set()
+    began = time.monotonic()
+    assert isinstance(client.ask().answer(), DeadlineExceeded)
+    assert time.monotonic() - began < 1.0
+    for _ in range(20):
+        began = time.monotonic()
+        assert isinstance(client.ask().answer(), PeerGone)
+        assert time.monotonic() - began < 0.1, "it was waited for again"
+    server.frozen.clear()
+    wait_until(lambda: client.server.up)
+    assert client.ask().answer() is False
+    assert client.states[-3:] == [True, False, True]
+
+
+def test_a_server_that_is_killed_and_started_again_is_found(client, server):
+    assert client.ask().answer() is False
+    losses = client.server.losses
+    server.close()
+    assert isinstance(client.ask().answer(), PeerGone)
+    with LMServer(server.port):
+        wait_until(lambda: client.server.up, 10.0)
+        assert client.ask().answer() is False
+        assert client.server.losses > losses
+
+
+def test_a_connection_that_was_closed_meanwhile_costs_no_request(server):
+    client = Client(server.port, connections=1)
+    assert client.ask().answer() is False
+    losses = client.server.losses
+    server.drop_connections()
+    assert client.ask().answer() is False
+    assert client.server.losses > losses, "what the server was known to have may be gone, and nobody was told"
+    client.close()
+
+
+def test_a_restart_is_noticed_without_a_request(monkeypatch, server):
+    monkeypatch.setattr(lm_client, "HEARTBEAT", 0.05)
+    client = Client(server.port)
+    losses = client.server.losses
+    server.drop_connections()
+    wait_until(lambda: client.server.losses > losses)
+    assert client.server.up
+    client.close()
+
+
+def test_a_server_that_comes_later_is_found():
+    with LMServer() as gone:
+        port = gone.port
+    client = Client(port)
+    assert not client.server.up
+    assert isinstance(client.ask().answer(), PeerGone)
+    with LMServer(port):
+        wait_until(lambda: client.server.up)
+        assert client.ask().answer() is False
+    client.close()
+
+
+def test_a_job_that_raises_fails_and_the_next_one_is_carried_out(client, caplog):
+    class Broken(Ask):
+        def run(self, connection):
+            raise ZeroDivisionError("a mistake")
+
+    job = Broken()
+    client.pool.submit(job)
+    assert isinstance(job.answer(), ZeroDivisionError)
+    assert "a job of the LMCache client's test threads failed" in caplog.text
+    assert client.ask().answer() is False
+
+
+def test_closing_fails_what_is_queued_and_is_bounded(server):
+    client = Client(server.port, timeout=30.0)
+    server.frozen.set()
+    jobs = [client.ask() for _ in range(10)]
+    time.sleep(0.05)
+    began = time.monotonic()
+    client.close()
+    client.close()
+    assert time.monotonic() - began < 2.0
+    for job in jobs:
+        assert isinstance(job.answer(), (PipeClosed, PeerGone))
+    assert isinstance(client.ask().answer(), PipeClosed)
