@@ -1,4 +1,4 @@
-"""The client of `lm://` servers: every wait has a deadline, a lost server is found again, a stalled one waited for once."""
+"""The client of `lm://` servers: every wait has a deadline, and a server that stalls is waited for once."""
 
 import threading
 import time

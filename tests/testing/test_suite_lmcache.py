@@ -41,9 +41,9 @@ class Worker(LMCacheWorker):
 
 
 class NotingSaver(Saver):
-    def store(self, name, header, buffer, connection):
-        self.notes.append((name, len(header), buffer.numel()))
-        super().store(name, header, buffer, connection)
+    def store(self, name, parts, buffer, connection):
+        self.notes.append((name, self._form.header_bytes + buffer.numel()))
+        super().store(name, parts, buffer, connection)
 
     def wait_stored(self, deadline):
         with self._changed:
@@ -82,8 +82,8 @@ def damage(place):
     """Flip a bit of the two chunks that were stored last. Two, since of a prompt of whole chunks the last one saves
     nothing that the suite counts: vLLM computes its last token anyway."""
     connection = Connection("127.0.0.1", server_port, 5.0)
-    for name, header_bytes, payload_bytes in stored[pathlib.Path(place.folder).name][-2:]:
-        content = bytearray(header_bytes + payload_bytes)
+    for name, num_bytes in stored[pathlib.Path(place.folder).name][-2:]:
+        content = bytearray(num_bytes)
         deadline = time.monotonic() + 5.0
         assert connection.get(name, [memoryview(content)], deadline)
         content[-1] ^= 1

@@ -14,7 +14,7 @@ import torch
 
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
-from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
@@ -73,7 +73,7 @@ class Chunks:
         pool: whose connections fetch.
         lease: seconds that a ticket lasts without word from its holder.
         limit: seconds that fetching one chunk may take.
-        verify: whether blocks are compared with their digests.
+        verify: whether chunks are compared with their digests.
         clock: of leases.
     """
 
@@ -251,18 +251,15 @@ class Chunks:
 
     def _checked(self, chunk: Chunk, header: bytearray, buffer: torch.Tensor) -> list[int] | None:
         """The chunk's parts, if it is what was stored."""
-        wrong = self._form.num_blocks
         try:
-            parts, digests = self._form.read_header(chunk.name, header)
-            position = chunk.index * self._form.num_blocks
-            wrong = self._form.num_wrong(buffer, parts, digests, position) if self._verify else 0
-            if not wrong:
+            parts, told = self._form.read_header(chunk.name, header)
+            if not self._verify or digest(buffer) == told:
                 return parts
-            reason = f"{wrong} of {self._form.num_blocks} blocks do not match their digests"
+            reason = "it does not match its digest"
         except ProtocolError as error:
             reason = str(error)
         logger.warning("the chunk %s is damaged on the server and computed instead: %s", chunk.name, reason)
-        self._counters.add("corrupt_blocks", wrong)
+        self._counters.add("corrupt_blocks", self._form.num_blocks)
         self._known.discard(chunk.name, damaged=True)
         return None
 

@@ -13,7 +13,6 @@ import numpy as np
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.interface import Context
 from kvsdk.connectors.lmcache.chunks import FORMAT
-from kvsdk.kernels import DIGEST_ALGORITHM
 from kvsdk.layout import CacheLayout
 
 _DTYPES = {
@@ -48,7 +47,6 @@ class ChunkNames:
     def __init__(self, context: Context, layout: CacheLayout, chunk_size: int):
         same = [
             FORMAT,
-            DIGEST_ALGORITHM,
             dict(context.model),
             layout.fingerprint(),
             context.world_size,

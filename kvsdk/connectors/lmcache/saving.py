@@ -16,7 +16,7 @@ import torch
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import SaveTask
-from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
@@ -47,7 +47,6 @@ class _Partial:
 
     index: int
     buffer: torch.Tensor
-    digests: np.ndarray
     ends: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -80,6 +79,7 @@ class Saver:
         self._store, self._form, self._names, self._known = store, form, names, known
         self._server, self._pool, self._memory, self._block_size = server, pool, memory, block_size
         self._limit, self._streams, self._counters = limit, streams, counters
+        self._staging: torch.Tensor | None = None
         self._partials: collections.OrderedDict[str, _Partial] = collections.OrderedDict()
         self._tasks: queue.SimpleQueue[SaveTask | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -174,38 +174,31 @@ class Saver:
             buffer = self._memory.take(PATIENCE) if buffer is None else buffer
             if buffer is None:
                 raise KVError("the server takes chunks too slowly: the host memory for them is full")
-            partial = _Partial(index, buffer, np.zeros(self._form.num_blocks, np.uint64))
+            partial = _Partial(index, buffer)
             self._partials[task.request_id] = partial
         partial.ends = [end for end in partial.ends if end <= start - begin]
         if task.fence is not None:
             task.fence.synchronize()
         ids = task.blocks[0][start - task.first_block : stop - task.first_block]
         into = self._form.part(partial.buffer, start - begin, stop - begin)
-        partial.digests[start - begin : stop - begin] = self._copy(task, ids, start, into)
+        self._copy(task, ids, into)
         partial.ends.append(stop - begin)
         return partial
 
-    def _copy(self, task: SaveTask, ids: np.ndarray, position: int, into: torch.Tensor) -> np.ndarray:
-        """Copy blocks into host memory; returns their digests."""
-        digests = self._store.new_digests(len(ids))
-        positions = np.arange(position, position + len(ids))
+    def _copy(self, task: SaveTask, ids: np.ndarray, into: torch.Tensor) -> None:
+        """Copy blocks into host memory."""
         if self._store.device.type != "cuda":
             with task.using():
-                self._store.gather_digest(ids, positions, into, digests)
-        else:
-            staging = self._staging[: into.numel()]
-            with task.using():
-                self._store.gather_digest(ids, positions, staging, digests)
-                torch.cuda.current_stream().synchronize()
-            into.copy_(staging, non_blocking=True)
+                self._store.gather(ids, into)
+            return
+        if self._staging is None:
+            self._staging = self._store.staging(self._form.num_blocks)
+        staging = self._staging[: into.numel()]
+        with task.using():
+            self._store.gather(ids, staging)
             torch.cuda.current_stream().synchronize()
-        return digests.numpy().view(np.uint64)
-
-    @property
-    def _staging(self) -> torch.Tensor:
-        if not hasattr(self, "_device_buffer"):
-            self._device_buffer = self._store.staging(self._form.num_blocks)
-        return self._device_buffer
+        into.copy_(staging, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
 
     def _forget_partial(self, request_id: str) -> None:
         partial = self._partials.pop(request_id, None)
@@ -214,16 +207,16 @@ class Saver:
 
     def _submit(self, name: str, partial: _Partial) -> None:
         parts = np.diff([0, *partial.ends]).tolist()
-        header = self._form.header(name, parts, partial.digests)
         self._count(chunks=1)
-        self._pool.submit(_Store(self, name, header, partial.buffer))
+        self._pool.submit(_Store(self, name, parts, partial.buffer))
 
     # ---- in a connection's thread
 
-    def store(self, name: str, header: bytes, buffer: torch.Tensor, connection: Connection) -> None:
+    def store(self, name: str, parts: list[int], buffer: torch.Tensor, connection: Connection) -> None:
         """Store one chunk, unless the server has it."""
         losses, deadline = self._server.losses, time.monotonic() + self._limit
         if self._known.is_damaged(name) or not connection.exists(name, deadline):
+            header = self._form.header(name, parts, digest(buffer))
             if not connection.put(name, [memoryview(header), memoryview(buffer.numpy())], deadline):
                 raise KVError(f"the LMCache server at {self._server.address} does not keep what is stored")
             self._counters.add("stored_chunks")
@@ -256,11 +249,11 @@ class Saver:
 
 
 class _Store(Job):
-    def __init__(self, saver: Saver, name: str, header: bytes, buffer: torch.Tensor):
-        self._saver, self._name, self._header, self._buffer = saver, name, header, buffer
+    def __init__(self, saver: Saver, name: str, parts: list[int], buffer: torch.Tensor):
+        self._saver, self._name, self._parts, self._buffer = saver, name, parts, buffer
 
     def run(self, connection: Connection) -> None:
-        self._saver.store(self._name, self._header, self._buffer, connection)
+        self._saver.store(self._name, self._parts, self._buffer, connection)
 
     def fail(self, error: Exception) -> None:
         self._saver.not_stored(self._name, self._buffer, error)
