@@ -199,6 +199,19 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+def _our_turn(ours: Kvsdk, num_chunks: int) -> dict[str, float]:
+    keys = secrets.token_bytes(num_chunks * (CHUNK // BLOCK) * KEY_BYTES)
+    store, _ = timed(lambda: ours.store(keys))
+    load, ticket = timed(lambda: ours.fetch(keys))
+    scatter, _ = timed(lambda: ours.load(ticket))
+    ours.check()
+    return {"kvsdk store": store, "kvsdk load": load, "kvsdk to cache": load + scatter}
+
+
+def _their_turn(theirs: LMCache, num_chunks: int) -> dict[str, float]:
+    return {"lmcache store": timed(theirs.store)[0], "lmcache load": timed(theirs.load)[0]}
+
+
 def run(num_chunks: int, rounds: int) -> dict[str, Any]:
     """Seconds of each round, by client and direction."""
     process, port = start_server()
@@ -209,13 +222,9 @@ def run(num_chunks: int, rounds: int) -> dict[str, Any]:
         ours, theirs = Kvsdk(port, num_chunks), LMCache(port, num_chunks)
         try:
             for number in range(rounds + 1):
-                keys = secrets.token_bytes(num_chunks * (CHUNK // BLOCK) * KEY_BYTES)
-                seconds = {"kvsdk store": timed(lambda keys=keys: ours.store(keys))[0]}
-                seconds["lmcache store"] = timed(theirs.store)[0]
-                seconds["kvsdk load"], ticket = timed(lambda keys=keys: ours.fetch(keys))
-                seconds["kvsdk to cache"] = seconds["kvsdk load"] + timed(lambda ticket=ticket: ours.load(ticket))[0]
-                seconds["lmcache load"] = timed(theirs.load)[0]
-                ours.check()
+                seconds: dict[str, float] = {}
+                for turn in (_our_turn, _their_turn) if number % 2 else (_their_turn, _our_turn):
+                    seconds |= turn(ours if turn is _our_turn else theirs, num_chunks)
                 if number:  # the first one makes memory and connections
                     for name, value in seconds.items():
                         samples[name].append(value)

@@ -218,7 +218,7 @@ def test_every_config_command_is_accepted(file_connector, caplog):
     commands = [(page, text) for page in PAGES for text in CONFIG_COMMAND.findall(page.read_text()) if "…" not in text]
     assert len(commands) >= 9
     for page, text in commands:
-        known = ("PyNcclConnector", "FileConnector")
+        known = ("PyNcclConnector", "LMCacheConnector", "FileConnector")
         assert transfer_config(text)["kv_connector"] in known, f"{page.name}: {text}"
     assert "not checked" not in caplog.text
 
