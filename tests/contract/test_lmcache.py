@@ -1,5 +1,9 @@
 """LMCacheConnector's promises: chunks, faults of the server, what the model's thread spends."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,6 +18,7 @@ from kvsdk.testing.capabilities import LMCACHE_LM
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("no_thread_left")]
 
 CHUNK = 8  # two blocks
+TESTS = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -46,6 +51,11 @@ def store(one, prompt, engine=0):
     return number
 
 
+def chunks(server):
+    """What the server has but for the words that chunks are coming, which are shorter."""
+    return {key: one for key, one in list(server.stored.items()) if len(one[3]) > 64}
+
+
 def load(one, prompt, engine=1):
     """Have an engine answer a prompt; returns how many tokens it did not compute."""
     number = one.add(engine, prompt, 4)
@@ -67,7 +77,7 @@ def wait_until(condition, seconds=10.0):
 def test_every_whole_chunk_is_stored_and_loaded(server, length):
     with world(server) as one:
         store(one, Prompt(length))
-        assert len(server.stored) == length // CHUNK
+        assert len(chunks(server)) == length // CHUNK
         # Of a prompt of whole chunks vLLM computes the last token itself.
         assert load(one, Prompt(length)) == min(length // CHUNK * CHUNK, length - 1)
 
@@ -79,7 +89,7 @@ def test_chunks_that_are_computed_in_several_steps_are_whole(server, budget):
         for number in [one.add(0, prompt) for prompt in prompts]:
             one.run(number)
         half_of(one, 0)._saver.drain(time.monotonic() + 5.0)
-        assert len(server.stored) == 15
+        assert len(chunks(server)) == 15
         assert [load(one, prompt) for prompt in prompts] == [40, 40, 40]
 
 
@@ -98,7 +108,7 @@ def test_what_the_server_has_is_neither_copied_nor_sent_again(server):
         store(one, Prompt(40))
         assert load(one, Prompt(40)) == 39
         assert half_of(one, 1)._saver.drain(time.monotonic() + 5.0)
-        assert server.count(PUT) == 5
+        assert sum(1 for command, key in server.requests if command == PUT and key in chunks(server)) == 5
         assert one.stats("stored_chunks") == 5
 
 
@@ -109,8 +119,8 @@ def test_prompts_that_begin_alike_share_chunks_and_fetch_each_once(server):
         asked = server.count(GET)
         numbers = [one.add(1, Prompt(40, family, shared=32), 2) for family in (2, 3, 4)]
         one.run(*numbers)
-        # The four shared ones, and each prompt's own last one, which is missing.
-        assert server.count(GET) - asked <= 7
+        # The four shared ones, and each prompt's own last one, which is missing, and whether that one is coming.
+        assert server.count(GET) - asked <= 10
         assert [one.cached(number) for number in numbers] == [32, 32, 32]
 
 
@@ -129,11 +139,11 @@ def test_a_prompt_without_a_whole_chunk_asks_nobody(server):
 def test_servers_that_differ_share_nothing(server, difference):
     with world(server, ("kv_both",)) as one:
         store(one, Prompt(40))
-    before = set(server.stored)
+    before = set(chunks(server))
     with world(server, ("kv_both",), **difference) as other:
         assert load(other, Prompt(40), 0) == 0
         half_of(other, 0)._saver.drain(time.monotonic() + 5.0)
-    assert len(server.stored) > len(before)
+    assert len(chunks(server)) > len(before)
 
 
 def test_three_servers_share_one(server):
@@ -147,13 +157,44 @@ def test_three_servers_share_one(server):
 
 # ---- the end of a producer
 
+ENDS_WITHOUT_CLOSING = """
+import multiprocessing, sys
+import numpy as np
+from support.lm_worker import Worker
+
+def run():
+    worker = Worker(sys.argv[1], "kv_producer")
+    worker.save(np.arange(1, 21, dtype=np.int32), bytes(range(256)) + bytes(range(64, 0, -1)))
+
+"""
+
 
 def test_a_producer_that_ends_right_away_loses_no_chunk(server):
     server.delay = 0.02
     one = world(server, ("kv_producer",))
+    saver = half_of(one, 0)._saver
+    copy = saver._copy
+
+    def copy_slowly(*arguments):
+        time.sleep(0.03)
+        copy(*arguments)
+
+    saver._copy = copy_slowly
     one.run(one.add(0, Prompt(80)))
+    assert saver._open, "the last blocks were copied before the end"
     one.close()
-    assert len(server.stored) == 10
+    assert len(chunks(server)) == 10
+
+
+@pytest.mark.parametrize("how", ["run()", "multiprocessing.get_context('fork').Process(target=run).start()"])
+def test_a_process_that_nobody_closes_loses_no_chunk(server, how):
+    server.delay = 0.02
+    script = ENDS_WITHOUT_CLOSING + how
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, "-c", script, server.url]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environ)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert len(chunks(server)) == 10
 
 
 def test_closing_waits_no_longer_than_close_timeout_for_a_slow_server(server, caplog):
@@ -164,6 +205,45 @@ def test_closing_waits_no_longer_than_close_timeout_for_a_slow_server(server, ca
     one.close()
     assert time.monotonic() - began < 2.0
     assert "some were not stored before the end" in caplog.text
+
+
+# ---- a prompt that is handed over at once
+
+
+def test_chunks_that_are_still_being_stored_are_waited_for(server):
+    with world(server, lookup_timeout=5.0) as one:
+        saver = half_of(one, 0)._saver
+        store_now = saver.store
+
+        def store_slowly(*arguments):
+            time.sleep(0.1)
+            store_now(*arguments)
+
+        saver.store = store_slowly
+        one.run(one.add(0, Prompt(40)))
+        assert len(chunks(server)) < 5, "all were stored before anybody asked"
+        assert load(one, Prompt(40)) == 39
+
+
+def test_chunks_that_never_come_are_waited_for_no_longer_than_lookup_timeout(server):
+    with world(server, lookup_timeout=0.5) as one:
+        half_of(one, 0)._saver._submit = lambda name, partial: None
+        one.run(one.add(0, Prompt(40)))
+        wait_until(lambda: server.stored)
+        began = time.monotonic()
+        assert load(one, Prompt(40)) == 0
+        assert 0.4 < time.monotonic() - began < 1.5
+
+
+def test_word_of_a_coming_chunk_is_not_believed_for_ever(server, monkeypatch):
+    monkeypatch.setattr("kvsdk.connectors.lmcache.chunks.COMING_SECONDS", -1.0)
+    with world(server, lookup_timeout=5.0) as one:
+        half_of(one, 0)._saver._submit = lambda name, partial: None
+        one.run(one.add(0, Prompt(40)))
+        wait_until(lambda: server.stored)
+        began = time.monotonic()
+        assert load(one, Prompt(40)) == 0
+        assert time.monotonic() - began < 2.0
 
 
 # ---- faults of the server
@@ -194,7 +274,7 @@ def test_a_server_that_is_killed_and_restarted_gives_hits_again(server):
                     break
                 assert time.monotonic() - began < 10.0, "no hit within 10 s"
                 time.sleep(0.1)
-            assert len(again.stored) >= 5
+            assert len(chunks(again)) >= 5
             # What the old server had is not taken for something that the new one has.
             one.engines[0].reset()
             store(one, Prompt(40))
@@ -253,7 +333,7 @@ def test_a_connection_that_is_cut_once_costs_nothing(server):
 
 def damaged(server, how):
     """Change what the server has of the chunk that was stored last but one."""
-    key = list(server.stored)[-2]
+    key = list(chunks(server))[-2]
     form, dtype, shape, payload = server.stored[key]
     content = bytearray(payload)
     if how == "cut":
@@ -264,7 +344,7 @@ def damaged(server, how):
     elif how == "digest":
         content[45] ^= 1
     elif how == "another chunk":
-        content[:] = next(iter(server.stored.values()))[3]
+        content[:] = next(iter(chunks(server).values()))[3]
     elif how == "kind":
         form = 1
     else:
@@ -313,7 +393,7 @@ def test_a_full_server_is_said_and_not_asked_for_ever(server, caplog):
         for family in range(1, 8):
             load(one, Prompt(40, family), 0)
         assert half_of(one, 0)._saver.drain(time.monotonic() + 5.0)
-        assert not server.stored
+        assert not chunks(server)
         assert 1 <= server.count(PUT) <= 12, "a server that keeps nothing is sent everything"
         assert one.stats("store_failures", 0) >= 1
         assert "nothing is stored for" in caplog.text
@@ -331,7 +411,7 @@ def test_two_producers_store_the_same_chunks_at_once(server):
         one.run(*numbers)
         for engine in (0, 1):
             assert half_of(one, engine)._saver.drain(time.monotonic() + 5.0)
-        assert len(server.stored) == 5
+        assert len(chunks(server)) == 5
         assert load(one, Prompt(40), 2) == 39
 
 

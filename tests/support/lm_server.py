@@ -38,11 +38,16 @@ class LMServer:
         self.cuts: int | None = None
         self.capacity: int | None = None
         self.delay = 0.0
-        self._closed = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=64)
-        self.port = self._listener.getsockname()[1]
+        self.port = port
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self.start()
+
+    def start(self) -> None:
+        """Listen; again, on the same port, after `close`."""
+        self._closed = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
+        self.port = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
@@ -88,8 +93,8 @@ class LMServer:
         _, world, worker, hashed, _ = key.split("@")
         int(world), int(worker), int(hashed, 16)
         self.requests.append((command, key))
-        if self.delay:
-            time.sleep(self.delay)
+        if self.delay and self._closed.wait(self.delay):
+            return False
         if command == PUT:
             payload = _receive(connection, length)
             if payload is None:

@@ -51,6 +51,24 @@ def digest(payload: torch.Tensor) -> bytes:
     return _hash(row_sums.astype("<u8").tobytes() + column_sums.astype("<u8").tobytes())
 
 
+COMING_SECONDS = 10.0
+"""How long word of a coming chunk is believed: whoever gave it may have died, and the server keeps it for ever."""
+
+_COMING = struct.Struct("<8sd")
+COMING_BYTES = _COMING.size
+
+
+def coming(now: float) -> bytes:
+    """What says that a chunk is about to be stored; `now` is wall-clock time, since other hosts read it."""
+    return _COMING.pack(FORMAT.encode(), now + COMING_SECONDS)
+
+
+def is_coming(said: bytes | bytearray, now: float) -> bool:
+    """Whether what `coming` made, on any host, is still to be believed."""
+    magic, until = _COMING.unpack(said)
+    return magic == FORMAT.encode() and now < until < now + 2 * COMING_SECONDS
+
+
 def _hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_HASH_BYTES).digest()
 

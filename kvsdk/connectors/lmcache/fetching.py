@@ -14,7 +14,7 @@ import torch
 
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
-from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
+from kvsdk.connectors.lmcache.chunks import COMING_BYTES, ChunkFormat, digest, is_coming
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
@@ -38,12 +38,14 @@ class Chunk:
 
     Attributes:
         name: on the server.
+        coming: the name under which a server says that it is about to store it.
         index: in its prompt.
         buffer: its blocks, in host memory, once it is there.
         parts: blocks of each part.
     """
 
     name: str
+    coming: str
     index: int
     state: _State = _State.WAITING
     references: int = 0
@@ -98,6 +100,7 @@ class Chunks:
         self._lock = threading.Lock()
         self._chunks: dict[str, Chunk] = {}
         self._tickets: collections.OrderedDict[int, Ticket] = collections.OrderedDict()
+        self._again: list[Chunk] = []  # not there yet, and announced
 
     def open(self, ticket_id: int, keys: bytes, first: int, timeout: float, answer: Callable[[int], None]) -> None:
         """Fetch chunks; `answer` is called once with the number of those at the beginning that are there.
@@ -107,16 +110,17 @@ class Chunks:
             first: index of the first one in its prompt.
             timeout: seconds after which `answer` is called with what is there by then.
         """
-        names = [self._names.name(keys[i : i + KEY_BYTES]) for i in range(0, len(keys), KEY_BYTES)]
+        each = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+        names = [(self._names.name(key), self._names.coming(key)) for key in each]
         with self._lock:
             if len(self._tickets) >= MAX_TICKETS or ticket_id in self._tickets or not self._server.up:
                 answer(0)
                 return
             new, chunks = [], []
-            for index, name in enumerate(names, first):
+            for index, (name, coming) in enumerate(names, first):
                 chunk = self._chunks.get(name)
                 if chunk is None or chunk.state is _State.MISSING:
-                    chunk = self._chunks[name] = Chunk(name, index)
+                    chunk = self._chunks[name] = Chunk(name, coming, index)
                     new.append(chunk)
                 chunk.references += 1
                 chunks.append(chunk)
@@ -146,8 +150,12 @@ class Chunks:
                 self._drop_if_unused(ticket)
 
     def tick(self) -> bool:
-        """Answer lookups whose time is up, end leases. Whether a lookup is open."""
+        """Ask again for what is coming, answer lookups whose time is up, end leases. Whether a lookup is open."""
         now, lease_now = time.monotonic(), self._clock()
+        with self._lock:
+            again, self._again = self._again, []
+        for chunk in again:
+            self._pool.submit(_Fetch(self, chunk))
         with self._lock:
             open_lookups = False
             for ticket_id, ticket in list(self._tickets.items()):
@@ -237,6 +245,10 @@ class Chunks:
             into = [memoryview(header), memoryview(buffer.numpy())]
             if not connection.get(chunk.name, into, time.monotonic() + self._limit):
                 self._known.discard(chunk.name)
+                if self._is_coming(chunk, connection):
+                    with self._lock:
+                        self._again.append(chunk)
+                    return
             elif (parts := self._checked(chunk, header, buffer)) is not None:
                 self._known.add(chunk.name, losses)
                 chunk.parts, ready = parts, True
@@ -244,6 +256,12 @@ class Chunks:
             if not ready:
                 self._memory.give_back(buffer)
         self._finish(chunk, buffer if ready else None)
+
+    def _is_coming(self, chunk: Chunk, connection: Connection) -> bool:
+        """Whether a server has said that it is about to store the chunk."""
+        said = bytearray(COMING_BYTES)
+        found = connection.get(chunk.coming, [memoryview(said)], time.monotonic() + self._limit)
+        return found and is_coming(said, time.time())
 
     def missing(self, chunk: Chunk) -> None:
         """It cannot be had."""

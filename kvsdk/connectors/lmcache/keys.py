@@ -61,7 +61,14 @@ class ChunkNames:
 
     def name(self, key: bytes) -> str:
         """The name of the chunk that ends with the block of this prefix key; at most 150 ASCII characters."""
-        hashed = hashlib.blake2b(key, digest_size=16, key=self._identity, person=b"kvsdk.lmcache/1").hexdigest()
+        return self._name(key, b"kvsdk.lmcache/1")
+
+    def coming(self, key: bytes) -> str:
+        """The name under which a server says that it is about to store this chunk."""
+        return self._name(key, b"kvsdk.coming/1")
+
+    def _name(self, key: bytes, purpose: bytes) -> str:
+        hashed = hashlib.blake2b(key, digest_size=16, key=self._identity, person=purpose).hexdigest()
         return f"{self._begin}{hashed}{self._end}"
 
 

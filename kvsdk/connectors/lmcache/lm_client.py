@@ -99,6 +99,11 @@ class Connection:
         self._send([encode_request(Command.PUT, key, length), *buffers, confirm], deadline)
         return self._reply(deadline) is not None
 
+    def put_unconfirmed(self, items: Sequence[tuple[str, bytes]], deadline: float) -> None:
+        """Store small values under their keys, all in one go, without asking whether the server keeps them."""
+        parts = [part for key, value in items for part in (encode_request(Command.PUT, key, len(value)), value)]
+        self._send([b"".join(parts)], deadline)
+
     def _reply(self, deadline: float) -> int | None:
         data = bytearray(REPLY_BYTES)
         self._receive(memoryview(data), deadline)

@@ -211,7 +211,7 @@ class LookupServer:
         tick: called at least every `TICK` seconds.
     """
 
-    TICK = 0.05
+    TICK = 0.01
 
     def __init__(
         self,

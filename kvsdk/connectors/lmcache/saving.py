@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import SaveTask
-from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, coming, digest
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
@@ -58,6 +59,7 @@ class Saver:
 
     Args:
         pool: whose connections store.
+        announcements: whose connection says which chunks are coming.
         limit: seconds that storing one chunk may take.
     """
 
@@ -70,6 +72,7 @@ class Saver:
         known: Known,
         server: Server,
         pool: Pool,
+        announcements: Pool,
         memory: HostMemory,
         block_size: int,
         limit: float,
@@ -79,6 +82,7 @@ class Saver:
         self._store, self._form, self._names, self._known = store, form, names, known
         self._server, self._pool, self._memory, self._block_size = server, pool, memory, block_size
         self._limit, self._streams, self._counters = limit, streams, counters
+        self._announcements = announcements
         self._staging: torch.Tensor | None = None
         self._partials: collections.OrderedDict[str, _Partial] = collections.OrderedDict()
         self._tasks: queue.SimpleQueue[SaveTask | None] = queue.SimpleQueue()
@@ -93,7 +97,27 @@ class Saver:
     def save(self, task: SaveTask) -> None:
         """Queue a task; never waits."""
         self._count(tasks=1)
+        self._announcements.submit(_Announce(self, task))
         self._tasks.put(task)
+
+    def announce(self, task: SaveTask, connection: Connection) -> None:
+        """Say which chunks are coming: the prompt may be asked for elsewhere before they have been stored."""
+        losses, now = self._server.losses, coming(time.time())
+        keys = [key for _, _, _, key in self._spans(task) if key is not None]
+        new = [key for key in keys if not self._known.has(self._names.name(key), losses)]
+        if new and time.monotonic() >= self._paused_until:
+            connection.put_unconfirmed([(self._names.coming(key), now) for key in new], time.monotonic() + self._limit)
+
+    def _spans(self, task: SaveTask) -> Iterator[tuple[int, int, int, bytes | None]]:
+        """For each chunk of which a task has whole blocks: its index, the first block, the one behind the last, and the
+        chunk's key if it ends with them.
+        """
+        per_chunk, first = self._form.num_blocks, task.first_block
+        end = min(first + len(task.blocks[0]), task.num_tokens // self._block_size)
+        for index in range(first // per_chunk, -(-end // per_chunk)):
+            start, stop = max(first, index * per_chunk), min(end, (index + 1) * per_chunk)
+            last = slice((stop - 1 - first) * KEY_BYTES, (stop - first) * KEY_BYTES)
+            yield index, start, stop, task.keys[last] if stop == (index + 1) * per_chunk else None
 
     def drain(self, deadline: float) -> bool:
         """Wait until everything is stored or given up; false if it is not by `deadline` (on `time.monotonic`)."""
@@ -137,16 +161,13 @@ class Saver:
             raise PeerGone(f"the LMCache server at {self._server.address} is down")
         if time.monotonic() < self._paused_until:
             raise KVError(self._why_paused)
-        per_chunk, first = self._form.num_blocks, task.first_block
-        end = min(first + len(task.blocks[0]), task.num_tokens // self._block_size)  # whole blocks alone
-        for index in range(first // per_chunk, -(-end // per_chunk)):
-            start, stop = max(first, index * per_chunk), min(end, (index + 1) * per_chunk)
-            if stop < (index + 1) * per_chunk:
+        for index, start, stop, key in self._spans(task):
+            if key is None:
                 # With a partly filled block, the prompt's last, there is no rest of this chunk to wait for.
-                if end == first + len(task.blocks[0]):
+                if stop == task.first_block + len(task.blocks[0]):
                     self._copy_part(task, index, start, stop)
                 return
-            name = self._names.name(task.keys[(stop - 1 - first) * KEY_BYTES : (stop - first) * KEY_BYTES])
+            name = self._names.name(key)
             if self._known.has(name, self._server.losses):
                 self._forget_partial(task.request_id)
                 continue
@@ -257,3 +278,14 @@ class _Store(Job):
 
     def fail(self, error: Exception) -> None:
         self._saver.not_stored(self._name, self._buffer, error)
+
+
+class _Announce(Job):
+    def __init__(self, saver: Saver, task: SaveTask):
+        self._saver, self._task = saver, task
+
+    def run(self, connection: Connection) -> None:
+        self._saver.announce(self._task, connection)
+
+    def fail(self, error: Exception) -> None:
+        logger.debug("chunks of request %s come unannounced: %s", self._task.request_id, error)

@@ -67,6 +67,7 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
             self._saver = Saver(
                 store,
                 pool=self._pool("store", STORE_CONNECTIONS),
+                announcements=self._pool("announce", 1),
                 memory=HostMemory(form.payload_bytes, share, pinned=pinned),
                 block_size=layout.block_size,
                 limit=options.load_timeout,
