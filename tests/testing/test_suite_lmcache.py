@@ -41,9 +41,9 @@ class Worker(LMCacheWorker):
 
 
 class NotingSaver(Saver):
-    def store(self, name, parts, buffer, connection):
-        self.notes.append((name, self._form.header_bytes + buffer.numel()))
-        super().store(name, parts, buffer, connection)
+    def _submit(self, name, partial):
+        self.notes.append((name, self._form.header_bytes + partial.buffer.numel()))
+        super()._submit(name, partial)
 
     def wait_stored(self, deadline):
         with self._changed:

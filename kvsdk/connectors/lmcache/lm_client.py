@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import queue
 import socket
+import struct
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -26,6 +27,9 @@ HEARTBEAT = 2.0
 
 RETRY, MAX_RETRY = 0.25, 3.0
 """Seconds between two attempts while it does not; they double up to the second figure."""
+
+PIECE_BYTES = 8 * 2**20
+"""Received at a time: a time-out that comes after some of it is told from one without a byte."""
 
 HEALTH_KEY = "kvsdk@1@0@0@uint8"
 """The server parses a key even where none is asked for."""
@@ -53,6 +57,9 @@ class Connection:
         except OSError as error:
             raise PeerGone(f"nobody answers on {self.address} ({error.strerror or error})") from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel keeps the time. With Python's own time-outs an operation polls first and ends with each segment,
+        # which takes the interpreter's lock hundreds of times a chunk from the threads that do other work.
+        self._socket.settimeout(None)
 
     def exists(self, key: str, deadline: float) -> bool:
         """Whether the server has something under `key`."""
@@ -113,7 +120,7 @@ class Connection:
         rest = [memoryview(buffer) for buffer in buffers]
         try:
             while rest:
-                self._socket.settimeout(self._patience(deadline))
+                self._set_timeout(socket.SO_SNDTIMEO, deadline)
                 sent = self._socket.sendmsg(rest)
                 while rest and sent >= len(rest[0]):
                     sent -= len(rest.pop(0))
@@ -125,24 +132,26 @@ class Connection:
     def _receive(self, buffer: memoryview, deadline: float) -> None:
         try:
             while buffer:
-                self._socket.settimeout(self._patience(deadline))
-                received = self._socket.recv_into(buffer)
+                self._set_timeout(socket.SO_RCVTIMEO, deadline)
+                received = self._socket.recv_into(buffer[:PIECE_BYTES], 0, socket.MSG_WAITALL)
                 if not received:
                     raise PeerGone(f"{self.address} closed the connection")
                 buffer = buffer[received:]
         except OSError as error:
             raise self._error(error) from error
 
-    def _patience(self, deadline: float) -> float:
+    def _set_timeout(self, option: int, deadline: float) -> None:
+        """Have the next operation in one direction fail when not a byte has moved for the time-out."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise DeadlineExceeded(f"{self.address} was not done in time")
-        return min(self._timeout, remaining)
+        microseconds = max(1, int(1e6 * min(self._timeout, remaining)))
+        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(microseconds, 1_000_000)))
 
     def _error(self, error: OSError) -> KVError:
         if isinstance(error, KVError):
             return error
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (BlockingIOError, TimeoutError)):
             return DeadlineExceeded(f"no byte from {self.address} within {self._timeout:.3g} s")
         return PeerGone(f"the connection to {self.address} is lost ({error.strerror or error})")
 
