@@ -30,15 +30,25 @@ BOOT_SECONDS = 600
 SENTENCE = "Hello, how are you? San Francisco is a city by the bay, and the fog comes over the hills in the evening. "
 ENDINGS = ("Tell me a very long story.", "What is the weather like in Santa Clara?")
 
+SERVERS = {
+    "lm": ("lm", ["-m", "lmcache.v1.server", "127.0.0.1", "{port}"]),
+    "mp": (
+        "tcp",
+        ["-c", "from lmcache.cli.main import main; main()", "server", "--host", "127.0.0.1", "--port", "{port}"]
+        + ["--http-port", "{other_port}", "--l1-size-gb", "4", "--eviction-policy", "LRU", "--disable-metrics"],
+    ),
+}
+"""LMCache's servers: the scheme of their `remote_url`, and Python's arguments. The second one is `lmcache server`."""
 
-def answer(role: str, model: str, num_tokens: int, max_tokens: int) -> None:
+
+def answer(role: str, model: str, num_tokens: int, max_tokens: int, load_format: str) -> None:
     """In a process of its own: generate, and print the answers and how many tokens of the prompts were loaded."""
     from vllm import LLM, SamplingParams
 
     import kvsdk
 
     options = {"max_model_len": num_tokens + max_tokens + 64, "enforce_eager": True, "gpu_memory_utilization": 0.8}
-    options["disable_log_stats"] = False
+    options |= {"disable_log_stats": False, "load_format": load_format}
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         options |= {"dtype": "float32", "block_size": 32}
     if role != "alone":
@@ -135,7 +145,7 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
     port = free_port()
     environ = {
         **os.environ,
-        "LMCACHE_REMOTE_URL": f"lm://127.0.0.1:{port}",
+        "LMCACHE_REMOTE_URL": f"{SERVERS[arguments.server][0]}://127.0.0.1:{port}",
         "LMCACHE_CHUNK_SIZE": str(arguments.chunk_size),
         "LMCACHE_TRACK_USAGE": "false",
         "VLLM_NO_USAGE_STATS": "1",
@@ -154,11 +164,14 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
 
     def generate(role: str, gpu: str) -> list[dict]:
         command = [__file__, "--role", role, "--model", model, "--prompt-tokens", str(arguments.prompt_tokens)]
-        process = start(role, [*command, "--max-tokens", str(arguments.max_tokens)], CUDA_VISIBLE_DEVICES=gpu)
+        command += ["--max-tokens", str(arguments.max_tokens), "--load-format", arguments.load_format]
+        process = start(role, command, CUDA_VISIBLE_DEVICES=gpu)
         return process.results(time.monotonic() + BOOT_SECONDS)
 
     try:
-        wait_for_server(start("server", ["-m", "lmcache.v1.server", "127.0.0.1", str(port)]), port)
+        command = [word.format(port=port, other_port=free_port()) for word in SERVERS[arguments.server][1]]
+        # LMCache's servers keep KV in host memory; one that sees GPUs expects KV there.
+        wait_for_server(start("server", command, CUDA_VISIBLE_DEVICES=""), port)
         print("the producer computes the prompts ...", flush=True)
         generate("kv_producer", first)
         print("the consumer answers them ...", flush=True)
@@ -181,6 +194,8 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a model that vLLM can load; a tiny random one unless given")
+    parser.add_argument("--server", choices=sorted(SERVERS), default="lm", help="which of LMCache's servers")
+    parser.add_argument("--load-format", default="auto", help="vLLM's: dummy for random weights of a model's shape")
     parser.add_argument("--prompt-tokens", type=int, default=4000, help="length of what the prompts have in common")
     parser.add_argument("--max-tokens", type=int, default=10)
     parser.add_argument("--chunk-size", type=int, default=256)
@@ -188,7 +203,9 @@ def main() -> int:
     parser.add_argument("--role", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role:
-        answer(arguments.role, arguments.model, arguments.prompt_tokens, arguments.max_tokens)
+        answer(
+            arguments.role, arguments.model, arguments.prompt_tokens, arguments.max_tokens, arguments.load_format
+        )  # fmt: skip
         return 0
     if importlib.util.find_spec("lmcache") is None:
         sys.exit("lmcache is not installed: pip install 'kvsdk[lmcache]'")

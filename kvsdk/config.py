@@ -36,7 +36,10 @@ PIPES = ("auto", "peer", "gloo", "nccl")
 
 OWN_CONNECTORS: Mapping[str, frozenset[str]] = {
     "PyNcclConnector": frozenset(),
-    "LMCacheConnector": frozenset({"remote_url", "chunk_size", "max_local_cpu_size"}),
+    "LMCacheConnector": frozenset(
+        {"remote_url", "chunk_size", "max_local_cpu_size"}
+        | {f"lmcache.mp.{name}" for name in ("host", "port", "mq_timeout", "heartbeat_interval")}
+    ),
 }
 """Connectors of this package, with the options that each has beside those of `Options`."""
 

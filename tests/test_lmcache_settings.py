@@ -1,11 +1,13 @@
 """LMCache's settings are read as its users expect, and those without effect are named."""
 
+import importlib.metadata
 import logging
 
 import pytest
 
 from kvsdk.config import OWN_CONNECTORS, transfer_config
 from kvsdk.connectors.lmcache import LMCacheConnector
+from kvsdk.connectors.lmcache.mp_client import require_lmcache
 from kvsdk.connectors.lmcache.settings import read_settings
 from kvsdk.errors import ConfigError
 
@@ -20,6 +22,37 @@ def test_the_environment_of_vllms_example_is_understood():
     found = read(LMCACHE_REMOTE_URL=URL, LMCACHE_CHUNK_SIZE="128", LMCACHE_MAX_LOCAL_CPU_SIZE="0.5")
     assert (found.host, found.port, found.chunk_size, found.host_bytes) == ("localhost", 65432, 128, 2**29)
     assert (found.unused, found.misspelt) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("extra", "host", "port"),
+    [
+        ({"remote_url": "tcp://localhost:6555"}, "localhost", 6555),
+        ({"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": 6555}, "127.0.0.1", 6555),
+        ({"lmcache.mp.host": "127.0.0.1"}, "127.0.0.1", 5555),
+        ({"lmcache.mp.port": "6555"}, "localhost", 6555),
+    ],
+)
+def test_the_multi_process_server_is_named_as_its_users_do(extra, host, port):
+    found = read(extra)
+    assert (found.multi_process, found.host, found.port) == (True, host, port)
+
+
+def test_two_servers_are_one_too_many():
+    with pytest.raises(ConfigError, match=r"LMCACHE_REMOTE_URL and lmcache\.mp\.host name two servers"):
+        read({"lmcache.mp.host": "localhost"}, LMCACHE_REMOTE_URL=URL)
+
+
+@pytest.mark.parametrize(("version", "named"), [("0.5.3", "and 0.5.3 is installed"), (None, "which is not installed")])
+def test_a_release_of_lmcache_that_does_not_fit_is_refused_by_name(monkeypatch, version, named):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(ConfigError, match=rf"reached with lmcache 0\.5\.6, {named}"):
+        require_lmcache()
 
 
 def test_chunks_have_256_tokens_and_host_memory_5_gib_unless_set():
@@ -54,7 +87,8 @@ def test_settings_without_effect_are_named_in_the_log(caplog):
     ("environ", "named"),
     [
         ({}, "remote_url is not set; set LMCACHE_REMOTE_URL"),
-        ({"LMCACHE_REMOTE_URL": "redis://host:1"}, "LMCACHE_REMOTE_URL='redis://host:1' is no lm:// server"),
+        ({"LMCACHE_REMOTE_URL": "redis://host:1"}, "LMCACHE_REMOTE_URL='redis://host:1' is none of the servers"),
+        ({"LMCACHE_REMOTE_URL": "grpc://host:1"}, "LMCACHE_REMOTE_URL='grpc://host:1' is none of the servers"),
         ({"LMCACHE_REMOTE_URL": "lm://host"}, "LMCACHE_REMOTE_URL='lm://host' is not lm://host:port"),
         ({"LMCACHE_REMOTE_URL": "lm://host:port"}, "is not lm://host:port"),
         ({"LMCACHE_REMOTE_URL": "lm://host:1/path"}, "is not lm://host:port"),

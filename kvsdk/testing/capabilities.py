@@ -83,6 +83,8 @@ LMCACHE_LM = Capabilities(
     restores=True,
 )
 
+LMCACHE_MP = LMCACHE_LM
+
 IN_PROCESS_HANDOVER = PYNCCL
 
 IN_PROCESS_STORE = Capabilities(
@@ -102,11 +104,12 @@ IN_PROCESS_STORE = Capabilities(
 
 DECLARED: Mapping[str, Capabilities] = {
     "PyNcclConnector": PYNCCL,
-    "LMCacheConnector": LMCACHE_LM,
+    "LMCacheConnector (lm)": LMCACHE_LM,
+    "LMCacheConnector (tcp)": LMCACHE_MP,
     "kvsdk.testing.in_process:HandOverConnector": IN_PROCESS_HANDOVER,
     "kvsdk.testing.in_process:StoreConnector": IN_PROCESS_STORE,
 }
-"""Connectors of this package, as a `kv_connector` names them."""
+"""Connectors of this package, as a `kv_connector` names them; one with each scheme of its `remote_url`."""
 
 
 def capabilities_table(connectors: Mapping[str, Capabilities] = DECLARED) -> str:

@@ -6,8 +6,10 @@ import time
 import pytest
 from support.lm_server import EXIST, GET, HEALTH, PUT, LMServer
 
-from kvsdk.connectors.lmcache import lm_client
-from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
+from kvsdk.connectors.lmcache import client as clients
+from kvsdk.connectors.lmcache.client import Job, Pool
+from kvsdk.connectors.lmcache.lm_client import LMConnection
+from kvsdk.connectors.lmcache.lm_client import LMServer as Watched
 from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, REQUEST_BYTES, Command, decode_reply, encode_request
 from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed, ProtocolError
 
@@ -23,7 +25,7 @@ def server():
 
 
 def connect(server, timeout=2.0):
-    return Connection("127.0.0.1", server.port, timeout)
+    return LMConnection("127.0.0.1", server.port, timeout)
 
 
 def soon(seconds=5.0):
@@ -158,7 +160,7 @@ def test_nobody_listens():
     with LMServer() as gone:
         port = gone.port
     with pytest.raises(PeerGone, match="nobody answers"):
-        Connection("127.0.0.1", port, 1.0)
+        LMConnection("127.0.0.1", port, 1.0)
 
 
 # ---- a pool
@@ -192,7 +194,7 @@ class Ask(Job):
 class Client:
     def __init__(self, port, timeout=0.3, connections=2):
         self.states = []
-        self.server = Server("127.0.0.1", port, timeout=timeout, on_state=self.states.append)
+        self.server = Watched("127.0.0.1", port, timeout=timeout, on_state=self.states.append)
         self.pool = Pool(self.server, "test", connections)
         self.server.wait_known(2.0)
 
@@ -263,7 +265,7 @@ def test_a_connection_that_was_closed_meanwhile_costs_no_request(server):
 
 
 def test_a_restart_is_noticed_without_a_request(monkeypatch, server):
-    monkeypatch.setattr(lm_client, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(clients, "HEARTBEAT", 0.05)
     client = Client(server.port)
     losses = client.server.losses
     server.drop_connections()

@@ -29,7 +29,18 @@ class Worker:
         page: heads and content of a token in each of `layers` layers of bfloat16.
     """
 
-    def __init__(self, url, role="kv_both", device="cpu", *, chunk_size=8, page=(2, 8), layers=3, blocks=BLOCKS):
+    def __init__(
+        self,
+        url,
+        role="kv_both",
+        device="cpu",
+        *,
+        chunk_size=8,
+        page=(2, 8),
+        layers=3,
+        blocks=BLOCKS,
+        lookup_timeout=5.0,
+    ):
         heads, content = page
         generator = torch.Generator().manual_seed(7)
         self.caches = {
@@ -38,7 +49,12 @@ class Worker:
             for i in range(layers)
         }  # fmt: skip
         layout = layout_of(self.caches, num_blocks=blocks, block_size=BLOCK)
-        extra = {"remote_url": url, "chunk_size": chunk_size, "lookup_timeout": 5.0, "max_local_cpu_size": 0.5}
+        extra = {
+            "remote_url": url,
+            "chunk_size": chunk_size,
+            "lookup_timeout": lookup_timeout,
+            "max_local_cpu_size": 0.5,
+        }
         options = parse_options({"kv_role": role}, extra=extra, also=LMCacheConnector.option_names)
         cache = CacheGeometry(BLOCK, blocks, layout.block_bytes)
         self.per_chunk = chunk_size // BLOCK

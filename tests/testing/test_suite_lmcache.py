@@ -1,5 +1,6 @@
 """LMCacheConnector over an `lm://` server passes the suite."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
-from kvsdk.connectors.lmcache.lm_client import Connection
+from kvsdk.connectors.lmcache.lm_client import LMConnection
 from kvsdk.connectors.lmcache.saving import Saver
 from kvsdk.testing.capabilities import LMCACHE_LM as capabilities
 from kvsdk.testing.suite import *  # noqa: F403
@@ -17,7 +18,16 @@ from kvsdk.testing.suite import *  # noqa: F403
 SERVERS = {"fake": [sys.executable, str(pathlib.Path(__file__).parent.parent / "support/lm_server.py"), "0"]}
 
 server_port = 0
-stored: dict[str, list[str]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    name: str
+    num_bytes: int
+    model: str
+
+
+stored: dict[str, list[Note]] = {}
 
 
 class Worker(LMCacheWorker):
@@ -42,7 +52,7 @@ class Worker(LMCacheWorker):
 
 class NotingSaver(Saver):
     def _submit(self, name, partial):
-        self.notes.append((name, self._form.header_bytes + partial.buffer.numel()))
+        self.notes.append(Note(name, self._form.header_bytes + partial.buffer.numel(), self._names.model))
         super()._submit(name, partial)
 
     def wait_stored(self, deadline):
@@ -81,13 +91,13 @@ def options(place):
 def damage(place):
     """Flip a bit of the two chunks that were stored last. Two, since of a prompt of whole chunks the last one saves
     nothing that the suite counts: vLLM computes its last token anyway."""
-    connection = Connection("127.0.0.1", server_port, 5.0)
-    for name, num_bytes in stored[pathlib.Path(place.folder).name][-2:]:
-        content = bytearray(num_bytes)
+    connection = LMConnection("127.0.0.1", server_port, 5.0)
+    for note in stored[pathlib.Path(place.folder).name][-2:]:
+        content = bytearray(note.num_bytes)
         deadline = time.monotonic() + 5.0
-        assert connection.get(name, [memoryview(content)], deadline)
+        assert connection.get(note.name, [memoryview(content)], deadline)
         content[-1] ^= 1
-        assert connection.put(name, [memoryview(content)], deadline)
+        assert connection.put(note.name, [memoryview(content)], deadline)
     connection.close()
 
 

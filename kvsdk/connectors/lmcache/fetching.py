@@ -14,10 +14,10 @@ import torch
 
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
-from kvsdk.connectors.lmcache.chunks import COMING_BYTES, ChunkFormat, digest, is_coming
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
+from kvsdk.connectors.lmcache.client import Connection, Job, Pool, Server
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
-from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
 from kvsdk.errors import PeerGone, ProtocolError
 
 logger = logging.getLogger("kvsdk.lmcache")
@@ -245,7 +245,7 @@ class Chunks:
             into = [memoryview(header), memoryview(buffer.numpy())]
             if not connection.get(chunk.name, into, time.monotonic() + self._limit):
                 self._known.discard(chunk.name)
-                if self._is_coming(chunk, connection):
+                if connection.is_announced(chunk.coming, time.monotonic() + self._limit):
                     with self._lock:
                         self._again.append(chunk)
                     return
@@ -256,12 +256,6 @@ class Chunks:
             if not ready:
                 self._memory.give_back(buffer)
         self._finish(chunk, buffer if ready else None)
-
-    def _is_coming(self, chunk: Chunk, connection: Connection) -> bool:
-        """Whether a server has said that it is about to store the chunk."""
-        said = bytearray(COMING_BYTES)
-        found = connection.get(chunk.coming, [memoryview(said)], time.monotonic() + self._limit)
-        return found and is_coming(said, time.time())
 
     def missing(self, chunk: Chunk) -> None:
         """It cannot be had."""

@@ -59,6 +59,11 @@ class ChunkNames:
         self._begin = f"{model}-{self._identity.hex()[:8]}@{context.world_size}@{context.rank}@"
         self._end = f"@{_DTYPES.get(layout.layers[0].dtype, 'uint8')}"
 
+    @property
+    def model(self) -> str:
+        """What all of them have in common, for servers that ask for a model; without `@`."""
+        return self._begin.strip("@").replace("@", "-")
+
     def name(self, key: bytes) -> str:
         """The name of the chunk that ends with the block of this prefix key; at most 150 ASCII characters."""
         return self._name(key, b"kvsdk.lmcache/1")

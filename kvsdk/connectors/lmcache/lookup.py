@@ -7,11 +7,9 @@ lookup's ticket until it is released, or until nobody has renewed it for a lease
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import Any
 import zmq
 
 from kvsdk.buffer.wire import Field, Wire
+from kvsdk.connectors.lmcache.wake import Waker
 from kvsdk.connectors.pynccl.channel import zmq_context
 from kvsdk.errors import ProtocolError
 
@@ -41,28 +40,6 @@ LOOKUP_WIRE = Wire(
 
 MAX_RENEWED = 1024
 """Tickets of one `renew`."""
-
-
-class _Waker:
-    """Wakes a thread that polls, from any other one."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = socket.socketpair()
-        self.reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def wake(self) -> None:
-        # Full or closed: the thread will look, or it has ended.
-        with contextlib.suppress(OSError):
-            self._writer.send(b"x")
-
-    def clear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self.reader.recv(4096)
-
-    def close(self) -> None:
-        self.reader.close()
-        self._writer.close()
 
 
 @dataclasses.dataclass
@@ -87,7 +64,7 @@ class LookupClient:
         self._lock = threading.Lock()
         self._heard = threading.Event()
         self._stop = threading.Event()
-        self._waker = _Waker()
+        self._waker = Waker()
         self._sockets = []
         for address in addresses:
             one = zmq_context().socket(zmq.DEALER)
@@ -226,7 +203,7 @@ class LookupServer:
         self._outbox: collections.deque[list[bytes]] = collections.deque()
         self._peers: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._stop = threading.Event()
-        self._waker = _Waker()
+        self._waker = Waker()
         self._socket = zmq_context().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, LOOKUP_WIRE.max_bytes)

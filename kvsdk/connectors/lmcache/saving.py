@@ -17,10 +17,10 @@ import torch
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import SaveTask
-from kvsdk.connectors.lmcache.chunks import ChunkFormat, coming, digest
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
+from kvsdk.connectors.lmcache.client import Connection, Job, Pool, Server
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
-from kvsdk.connectors.lmcache.lm_client import Connection, Job, Pool, Server
 from kvsdk.connectors.pynccl.serving import Streams
 from kvsdk.errors import KVError, PeerGone, TaskEnded
 from kvsdk.kernels import BlockStore
@@ -102,11 +102,11 @@ class Saver:
 
     def announce(self, task: SaveTask, connection: Connection) -> None:
         """Say which chunks are coming: the prompt may be asked for elsewhere before they have been stored."""
-        losses, now = self._server.losses, coming(time.time())
+        losses = self._server.losses
         keys = [key for _, _, _, key in self._spans(task) if key is not None]
         new = [key for key in keys if not self._known.has(self._names.name(key), losses)]
         if new and time.monotonic() >= self._paused_until:
-            connection.put_unconfirmed([(self._names.coming(key), now) for key in new], time.monotonic() + self._limit)
+            connection.announce([self._names.coming(key) for key in new], time.monotonic() + self._limit)
 
     def _spans(self, task: SaveTask) -> Iterator[tuple[int, int, int, bytes | None]]:
         """For each chunk of which a task has whole blocks: its index, the first block, the one behind the last, and the

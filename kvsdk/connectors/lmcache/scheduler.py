@@ -19,6 +19,7 @@ from kvsdk.connector.interface import (
 )
 from kvsdk.connectors.lmcache.keys import chunk_keys
 from kvsdk.connectors.lmcache.lookup import LookupClient
+from kvsdk.connectors.lmcache.mp_client import require_lmcache
 from kvsdk.connectors.lmcache.settings import read_settings
 from kvsdk.errors import ConfigError
 
@@ -42,6 +43,8 @@ class LMCacheScheduler(ProducerScheduler, ConsumerScheduler):
         super().__init__(context)
         self._settings = read_settings(context.options.extra, context.cache.block_size)
         self._settings.log()
+        if self._settings.multi_process:
+            require_lmcache()
         self._client: LookupClient | None = None
         self._asked: dict[str, _Asked] = {}
 

@@ -27,6 +27,7 @@ class Settings:
     """What kvsdk uses of LMCache's settings.
 
     Attributes:
+        multi_process: whether it is LMCache's multi-process server, and not an `lm://` one.
         host: of the server.
         port: of the server.
         chunk_size: tokens of a chunk.
@@ -35,6 +36,7 @@ class Settings:
         misspelt: mixed-case `LMCache_...` names in the environment, which nothing reads.
     """
 
+    multi_process: bool
     host: str
     port: int
     chunk_size: int
@@ -72,7 +74,7 @@ def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping
             given[variable.removeprefix(_PREFIX).lower()] = (variable, value)
     given |= {name: (name, value) for name, value in extra.items()}
 
-    host, port = _url(*given.pop("remote_url", ("", None)))
+    multi_process, host, port = _server(given)
     chunk_size = int(_number(*given.pop("chunk_size", ("chunk_size", 256)), whole=True))
     gigabytes = _number(*given.pop("max_local_cpu_size", ("max_local_cpu_size", 5.0)))
     where, serde = given.pop("remote_serde", ("remote_serde", "naive"))
@@ -85,7 +87,7 @@ def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping
         )
     unused = tuple(sorted(where.partition(" in ")[0] for where, _ in given.values()))
     misspelt = tuple(sorted(name for name in environ if name.startswith("LMCache_")))
-    return Settings(host, port, chunk_size, int(gigabytes * 2**30), unused, misspelt)
+    return Settings(multi_process, host, port, chunk_size, int(gigabytes * 2**30), unused, misspelt)
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -103,22 +105,35 @@ def _read_file(path: str) -> dict[str, Any]:
     return {str(name): value for name, value in (content or {}).items()}
 
 
-def _url(where: str, url: Any) -> tuple[str, int]:
+def _server(given: dict[str, tuple[str, Any]]) -> tuple[bool, str, int]:
+    """Whether it is a multi-process server, its host and port."""
+    where, url = given.pop("remote_url", ("", None))
+    host_at, host = given.pop("lmcache.mp.host", ("", None))
+    port_at, port = given.pop("lmcache.mp.port", ("", None))
+    if url and (host or port):
+        raise ConfigError(f"{where} and {host_at or port_at} name two servers; leave one out")
+    if host or port:
+        where = host_at or port_at
+        url = f"{host or 'tcp://localhost'}:{port or 5555}"
+        url = url if "://" in url else f"tcp://{url}"
     if not url:
         raise ConfigError(
             "remote_url is not set; set LMCACHE_REMOTE_URL to lm://host:port, where `python -m lmcache.v1.server host "
-            "port` listens"
+            "port` listens, or to tcp://host:port, where `lmcache server` does"
         )
     try:
         parts = urlsplit(str(url))
-        host, port = parts.hostname, parts.port
+        named, number = parts.hostname, parts.port
     except ValueError:
-        host = port = None
-    if not host or not port or parts.path.strip("/"):
-        raise ConfigError(f"{where}={url!r} is not lm://host:port")
-    if parts.scheme != "lm":
-        raise ConfigError(f"{where}={url!r} is no lm:// server of LMCache's, which is what kvsdk speaks to")
-    return host, port
+        named = number = None
+    if not named or not number or parts.path.strip("/"):
+        raise ConfigError(f"{where}={url!r} is not lm://host:port or tcp://host:port")
+    if parts.scheme not in ("lm", "tcp"):
+        raise ConfigError(
+            f"{where}={url!r} is none of the servers that kvsdk speaks to: lm://host:port (`python -m "
+            "lmcache.v1.server`) and tcp://host:port (`lmcache server`, over ZMQ)"
+        )
+    return parts.scheme == "tcp", named, number
 
 
 def _number(where: str, value: Any, *, whole: bool = False) -> float:

@@ -13,12 +13,14 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import ConsumerWorker, Context, ProducerWorker
 from kvsdk.connector.tasks import LoadTask, SaveTask
 from kvsdk.connectors.lmcache.chunks import ChunkFormat
+from kvsdk.connectors.lmcache.client import Pool, Server
 from kvsdk.connectors.lmcache.fetching import Chunks
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
-from kvsdk.connectors.lmcache.lm_client import Pool, Server
+from kvsdk.connectors.lmcache.lm_client import LMServer
 from kvsdk.connectors.lmcache.loading import Loader
 from kvsdk.connectors.lmcache.lookup import LookupServer
+from kvsdk.connectors.lmcache.mp_client import REGISTER_TIMEOUT, MPServer, require_lmcache
 from kvsdk.connectors.lmcache.saving import Saver
 from kvsdk.connectors.lmcache.settings import read_settings
 from kvsdk.connectors.pynccl.serving import Streams
@@ -28,7 +30,7 @@ from kvsdk.layout import CacheLayout
 
 logger = logging.getLogger("kvsdk.lmcache")
 
-FETCH_CONNECTIONS, STORE_CONNECTIONS = 4, 2
+FETCH_CONNECTIONS, STORE_CONNECTIONS, ANNOUNCE_CONNECTIONS = 4, 2, 1
 """Apart, so that a lookup never waits behind a chunk that is being stored."""
 
 
@@ -38,6 +40,8 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
     def __init__(self, context: Context):
         super().__init__(context)
         self._settings = read_settings(context.options.extra, context.cache.block_size)
+        if self._settings.multi_process:
+            require_lmcache()
         self._counters = Counters()
         self._server: Server | None = None
         self._pools: list[Pool] = []
@@ -61,13 +65,13 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         # Half of it each, so that chunks which are to be stored never keep lookups waiting.
         pinned, share = store.device.type == "cuda", buffers // (options.produces + options.consumes)
         streams = Streams(store.device)
-        self._server = Server(settings.host, settings.port, timeout=options.lookup_timeout, on_state=self._tell)
+        self._server = self._connect(form, names)
         common = {"form": form, "names": names, "known": known, "server": self._server, "counters": self._counters}
         if options.produces:
             self._saver = Saver(
                 store,
                 pool=self._pool("store", STORE_CONNECTIONS),
-                announcements=self._pool("announce", 1),
+                announcements=self._pool("announce", ANNOUNCE_CONNECTIONS),
                 memory=HostMemory(form.payload_bytes, share, pinned=pinned),
                 block_size=layout.block_size,
                 limit=options.load_timeout,
@@ -92,16 +96,41 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
                 tick=chunks.tick,
                 up=lambda server=self._server: server.up,
             )
-        self._server.wait_known(options.lookup_timeout + 1.0)
+        self._wait_for_server()
         # vLLM does not close in every case, and a process of multiprocessing leaves out `atexit`.
         self._at_exit = multiprocessing.util.Finalize(None, self._close_at_exit, exitpriority=100)
         logger.info(
-            "chunks of %d tokens (%d bytes) at lm://%s, up to %d in host memory",
+            "chunks of %d tokens (%d bytes) at %s://%s, up to %d in host memory",
             settings.chunk_size,
             form.payload_bytes,
+            "tcp" if settings.multi_process else "lm",
             self._server.address,
             buffers,
         )
+
+    def _connect(self, form: ChunkFormat, names: ChunkNames) -> Server:
+        settings, options = self._settings, self.context.options
+        if not settings.multi_process:
+            return LMServer(settings.host, settings.port, timeout=options.lookup_timeout, on_state=self._tell)
+        return MPServer(
+            settings.host,
+            settings.port,
+            model=names.model,
+            value_bytes=form.header_bytes + form.payload_bytes,
+            slots=options.consumes * FETCH_CONNECTIONS + options.produces * (STORE_CONNECTIONS + ANNOUNCE_CONNECTIONS),
+            timeout=options.lookup_timeout,
+            on_state=self._tell,
+        )
+
+    def _wait_for_server(self) -> None:
+        """Raises ConfigError when a server is there that cannot be used."""
+        assert self._server is not None
+        limit = REGISTER_TIMEOUT if self._settings.multi_process else 0.0
+        self._server.wait_known(limit + self.context.options.lookup_timeout + 1.0)
+        if isinstance(self._server, MPServer) and self._server.refused is not None:
+            refused = self._server.refused
+            self.close()
+            raise refused
 
     def _pool(self, name: str, connections: int) -> Pool:
         assert self._server is not None
