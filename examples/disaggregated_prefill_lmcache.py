@@ -34,8 +34,7 @@ SERVERS = {
     "lm": ("lm", ["-m", "lmcache.v1.server", "127.0.0.1", "{port}"]),
     "mp": (
         "tcp",
-        ["-c", "from lmcache.cli.main import main; main()", "server", "--host", "127.0.0.1", "--port", "{port}"]
-        + ["--http-port", "{other_port}", "--l1-size-gb", "4", "--eviction-policy", "LRU", "--disable-metrics"],
+        ["-c", "from lmcache.cli.main import main; main()", "server", "--host", "127.0.0.1", "--port", "{port}"],
     ),
 }
 """LMCache's servers: the scheme of their `remote_url`, and Python's arguments. The second one is `lmcache server`."""
@@ -169,7 +168,10 @@ def run(arguments: argparse.Namespace, work: Path) -> int:
         return process.results(time.monotonic() + BOOT_SECONDS)
 
     try:
-        command = [word.format(port=port, other_port=free_port()) for word in SERVERS[arguments.server][1]]
+        command = [word.format(port=port) for word in SERVERS[arguments.server][1]]
+        if arguments.server == "mp":
+            command += ["--http-port", str(free_port()), "--l1-size-gb", "4", "--eviction-policy", "LRU"]
+            command += ["--disable-metrics"]
         # LMCache's servers keep KV in host memory; one that sees GPUs expects KV there.
         wait_for_server(start("server", command, CUDA_VISIBLE_DEVICES=""), port)
         print("the producer computes the prompts ...", flush=True)
@@ -207,6 +209,8 @@ def main() -> int:
             arguments.role, arguments.model, arguments.prompt_tokens, arguments.max_tokens, arguments.load_format
         )  # fmt: skip
         return 0
+    # Whoever stops this script stops what it has started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if importlib.util.find_spec("lmcache") is None:
         sys.exit("lmcache is not installed: pip install 'kvsdk[lmcache]'")
     with tempfile.TemporaryDirectory(prefix="kvsdk-") as work:

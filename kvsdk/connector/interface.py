@@ -81,6 +81,8 @@ class Context:
             `quantization` or None; `kv_cache_dtype`; and `config`, a dict of the sizes that shape attention's keys and
             values. A connector cannot see weights: two checkpoints of one shape differ by `id` alone.
         cache: sizes of one worker's KV cache.
+        model_path: the model as vLLM was told of it: a repository's name, or a local path with its links resolved. Two
+            checkpoints may have one `id`; a store that outlives its servers must not mix them up.
         clock: seconds, like `time.monotonic`; every deadline is on this clock.
     """
 
@@ -90,6 +92,7 @@ class Context:
     world_size: int
     model: Mapping[str, Any]
     cache: CacheGeometry
+    model_path: str = ""
     clock: Callable[[], float] = time.monotonic
 
 

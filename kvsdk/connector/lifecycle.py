@@ -503,6 +503,10 @@ class SchedulerLifecycle:
         end = min(entry.num_computed + entry.num_scheduled, view.num_prompt_tokens)
         last = -(-end // block_size) if end == view.num_prompt_tokens else end // block_size
         first = tracked.saved_blocks
+        # Sliding-window layers: where vLLM has its null block, there is nothing to save.
+        for ids in tracked.table:
+            (null,) = np.nonzero(np.asarray(ids[first:last], np.int32) == 0)
+            first += int(null[-1]) + 1 if len(null) else 0
         if last <= first:
             return
         blocks = tuple(np.asarray(ids[first:last], np.int32) for ids in tracked.table)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -147,6 +147,11 @@ def _model_identity(vllm_config: VllmConfig, options: Options) -> dict[str, Any]
     }
 
 
+def _model_path(vllm_config: VllmConfig) -> str:
+    path = str(vllm_config.model_config.model)
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, options: Options) -> None:
     parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -221,6 +226,7 @@ class BoundConnector(KVConnectorBase_V1):
             world_size=vllm_config.parallel_config.world_size,
             model=_model_identity(vllm_config, options),
             cache=_geometry(vllm_config, kv_cache_config),
+            model_path=_model_path(vllm_config),
             clock=CLOCK.get(),
         )
         self._scheduler: SchedulerLifecycle | None = None
@@ -471,9 +477,9 @@ def _root(request: Request) -> bytes:
         )
         for feature in request.mm_features or ()
     ]
-    return separator(
-        cache_salt=request.cache_salt, lora=lora.lora_name if lora is not None else None, multimodal=features
-    )
+    # An adapter may be replaced by another one of its name, on this server or on others.
+    adapter = None if lora is None else f"{lora.lora_name}\0{lora.lora_path}"
+    return separator(cache_salt=request.cache_salt, lora=adapter, multimodal=features)
 
 
 def _scheduled(output: SchedulerOutput) -> Iterator[ScheduledRequest]:

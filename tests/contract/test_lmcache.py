@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from support.lm_server import EXIST, GET, PUT, LMServer
 
@@ -298,6 +297,39 @@ def test_a_frozen_server_is_waited_for_once(server):
         assert load(one, Prompt(40)) == 39
 
 
+def test_a_server_that_is_well_and_answers_nothing_else_is_left_alone(server):
+    with world(server, ("kv_both", "kv_both"), lookup_timeout=0.4) as one:
+        store(one, Prompt(40))
+        server.mute = {GET}
+        seconds = []
+        for family in range(10, 20):
+            began = time.monotonic()
+            load(one, Prompt(40, family))
+            seconds.append(time.monotonic() - began)
+        assert sum(one > 0.3 for one in seconds) <= 2, f"it was waited for again and again: {seconds}"
+        server.mute = set()
+        wait_until(lambda: one.engines[1].connector._scheduler._half._client.up)
+        assert load(one, Prompt(40)) == 39
+
+
+def test_a_worker_that_does_not_answer_lookups_is_waited_for_once(server, monkeypatch):
+    monkeypatch.setattr("kvsdk.connectors.lmcache.lookup.HELLO", 0.2)
+    with world(server) as one:
+        store(one, Prompt(40))
+        store(one, Prompt(40, 2))
+        half = half_of(one, 1)
+        take, half._lookups._take = half._lookups._take, lambda frames: None
+        seconds = []
+        for family in range(10, 14):
+            began = time.monotonic()
+            load(one, Prompt(40, family))
+            seconds.append(time.monotonic() - began)
+        assert max(seconds[1:]) < 0.3, f"it was waited for again: {seconds}"
+        half._lookups._take = take
+        wait_until(lambda: one.engines[1].connector._scheduler._half._client.up)
+        assert load(one, Prompt(40)) == 39
+
+
 def test_a_server_that_freezes_while_a_prompt_is_fetched(server):
     with world(server, lookup_timeout=0.3) as one:
         store(one, Prompt(40))
@@ -360,8 +392,7 @@ def test_a_damaged_payload_is_found_counted_and_computed(server, how, policy):
         damaged(server, how)
         assert load(one, Prompt(40)) == 24, "the chunks before the damaged one, and no more"
         assert one.stats("loads_failed") == 0
-        # A payload of another length or kind is refused before it is read.
-        assert (one.stats("corrupt_blocks", 1) > 0) == (how not in ("cut", "kind"))
+        assert one.stats("corrupt_blocks", 1) > 0
 
 
 def test_a_damaged_chunk_is_stored_anew_by_the_server_that_computed_it(server):
@@ -372,6 +403,19 @@ def test_a_damaged_chunk_is_stored_anew_by_the_server_that_computed_it(server):
         assert half_of(one, 1)._saver.drain(time.monotonic() + 5.0)
         one.restart(0)
         assert load(one, Prompt(40), 0) == 39
+
+
+@pytest.mark.parametrize("how", ["middle", "cut"])
+def test_a_damaged_chunk_is_stored_anew_by_the_producer_which_has_not_met_it(server, how, monkeypatch):
+    monkeypatch.setattr("kvsdk.connectors.lmcache.keys.KNOWN_SECONDS", 0.0)
+    with world(server) as one:
+        store(one, Prompt(40))
+        damaged(server, how)
+        assert load(one, Prompt(40)) == 24
+        one.engines[0].reset()
+        store(one, Prompt(40))
+        one.engines[1].reset()
+        assert load(one, Prompt(40)) == 39
 
 
 def test_without_verification_a_chunk_is_taken_as_it_is(server):
@@ -429,6 +473,61 @@ def test_host_memory_is_bounded(server):
         assert half_of(one, 0)._saver._memory.num_used <= 3
 
 
+def test_prompts_that_come_at_once_take_turns_in_host_memory(server):
+    with world(server, ("kv_both", "kv_both"), lookup_timeout=5.0, engine={"num_blocks": 256}) as one:
+        prompts = [Prompt(40, family) for family in range(1, 9)]
+        for prompt in prompts:
+            store(one, prompt)
+        half_of(one, 1)._loader._chunks._memory.limit = 10  # two prompts
+        numbers = [one.add(1, prompt, 2) for prompt in prompts]
+        one.run(*numbers)
+        assert [one.cached(number) for number in numbers] == [39] * 8
+
+
+def test_thousands_of_prompts_may_wait_at_once(server):
+    with world(server) as one:
+        client = one.engines[1].connector._scheduler._half._client
+        tickets = [client.fetch(bytes(16), 0, 5.0) for _ in range(5000)]
+        wait_until(lambda: all(client.count(ticket) is not None for ticket in tickets))
+        assert client.up
+        for ticket in tickets:
+            client.release(ticket)
+        store(one, Prompt(40))
+        assert load(one, Prompt(40)) == 39
+
+
+def test_blocks_before_a_sliding_window_are_neither_stored_nor_loaded(server, monkeypatch):
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    def spec(block_size, num_kv_heads, head_size, dtype):
+        return SlidingWindowSpec(
+            block_size=block_size, num_kv_heads=num_kv_heads, head_size=head_size, dtype=dtype, sliding_window=12
+        )
+
+    monkeypatch.setattr("kvsdk.vllm.harness.FullAttentionSpec", spec)
+    # The stand-in for the model looks at every position, also at those that vLLM has no blocks of any more.
+    monkeypatch.setattr("kvsdk.vllm.harness.Worker._check", lambda *_: None)
+    with world(server, ("kv_both", "kv_both"), engine={"num_blocks": 64}) as one:
+        half, saved = half_of(one, 0), []
+        save, server_of = half.save, half._server
+        half.save = lambda task: (saved.append(task.blocks[0].tolist()), save(task))
+        with monkeypatch.context() as down:
+            # What vLLM has of the prompt's beginning then, it has no blocks of when it is asked again.
+            down.setattr(type(server_of), "up", property(lambda self: False))
+            one.run(one.add(0, Prompt(40)))
+        one.run(one.add(0, Prompt(40)))
+        half._saver.drain(time.monotonic() + 5.0)
+        assert saved
+        assert not any(0 in ids for ids in saved[1:]), f"vLLM's null block was saved: {saved}"
+        for length in (9, 24, 40):
+            one.engines[1].reset()
+            load(one, Prompt(length))
+        assert one.stats("loads_failed", 1) == 0
+        store(one, Prompt(40, 2))
+        assert load(one, Prompt(40, 2)) == 39
+        assert one.stats("loads_failed", 1) == 0
+
+
 def test_fetched_chunks_go_when_they_were_loaded(server):
     with world(server) as one:
         store(one, Prompt(40))
@@ -463,7 +562,7 @@ def test_the_models_thread_spends_less_than_half_a_millisecond_on_a_save(server)
         for family in range(1, 5):
             one.run(one.add(0, Prompt(200, family)))
         assert len(seconds) >= 32
-        assert np.median(seconds) < 0.0005
+        assert sorted(seconds)[int(0.9 * len(seconds))] < 0.0005
 
 
 # ---- settings

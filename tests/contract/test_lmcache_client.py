@@ -1,13 +1,18 @@
 """The client of `lm://` servers: every wait has a deadline, and a server that stalls is waited for once."""
 
+import contextlib
+import secrets
+import socket
+import statistics
 import threading
 import time
 
 import pytest
+from support import lmcache_servers
 from support.lm_server import EXIST, GET, HEALTH, PUT, LMServer
 
 from kvsdk.connectors.lmcache import client as clients
-from kvsdk.connectors.lmcache.client import Job, Pool
+from kvsdk.connectors.lmcache.client import Damaged, Job, Pool
 from kvsdk.connectors.lmcache.lm_client import LMConnection
 from kvsdk.connectors.lmcache.lm_client import LMServer as Watched
 from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, REQUEST_BYTES, Command, decode_reply, encode_request
@@ -15,12 +20,20 @@ from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed, ProtocolError
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
+needs_lmcache = lmcache_servers.needs_lmcache
+
 KEY = "model@1@0@ab12@bfloat16"
 
 
 @pytest.fixture
 def server():
     with LMServer() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lmcache_server():
+    with lmcache_servers.LMServer() as one:
         yield one
 
 
@@ -106,7 +119,72 @@ def test_what_was_put_is_got_back_byte_for_byte(server):
     assert not connection.get("other@1@0@1@half", [memoryview(first)], soon())
     connection.health(soon())
     connection.close()
-    assert [command for command, _ in server.requests] == [EXIST, PUT, EXIST, EXIST, GET, GET, HEALTH]
+    assert [command for command, _ in server.requests] == [GET, PUT, PUT, EXIST, GET, GET, GET, HEALTH]
+
+
+def cut_put(port, key, payload):
+    """What a producer does that dies while it sends."""
+    with socket.create_connection(("127.0.0.1", port)) as one:
+        one.sendall(encode_request(Command.PUT, key, len(payload)) + payload[: len(payload) // 2])
+
+
+def check_a_payload_that_is_cut_on_its_way_in(port, known):
+    """`known`: whether the server says that it has the key."""
+    payload = secrets.token_bytes(100_000)
+    cut_put(port, KEY, payload)
+    connection = LMConnection("127.0.0.1", port, 2.0)
+    wait_until(lambda: known(connection))
+    assert not connection.exists(KEY, soon())
+    into = bytearray(len(payload))
+    with pytest.raises(Damaged):
+        connection.get(KEY, [memoryview(into)], soon())
+    connection.close()
+    connection = LMConnection("127.0.0.1", port, 2.0)
+    assert connection.put(KEY, [memoryview(payload)], soon())
+    assert connection.exists(KEY, soon())
+    assert connection.get(KEY, [memoryview(into)], soon())
+    assert into == payload
+    # Cut once more, by another producer of the same chunk: whoever meets it says so, and it is stored again.
+    cut_put(port, KEY, payload)
+    connection.close()
+
+    def got():
+        with contextlib.closing(LMConnection("127.0.0.1", port, 2.0)) as one:
+            return one.get(KEY, [memoryview(into)], soon())
+
+    with pytest.raises(Damaged):
+        wait_until(lambda: not got())
+    connection = LMConnection("127.0.0.1", port, 2.0)
+    connection.condemn(KEY, soon())
+    assert not connection.exists(KEY, soon())
+    connection.close()
+
+
+def raw_exists(connection):
+    connection._send([encode_request(Command.EXIST, KEY)], soon())
+    return connection._reply(soon()) is not None
+
+
+def test_a_payload_that_was_cut_on_its_way_in_is_not_taken_for_stored(server):
+    check_a_payload_that_is_cut_on_its_way_in(server.port, raw_exists)
+
+
+@needs_lmcache
+def test_lmcaches_own_server_neither(lmcache_server):
+    check_a_payload_that_is_cut_on_its_way_in(lmcache_server.port, raw_exists)
+
+
+@needs_lmcache
+def test_a_small_answer_of_lmcaches_own_server_is_not_held_up(lmcache_server):
+    connection = LMConnection("127.0.0.1", lmcache_server.port, 2.0)
+    assert connection.put("small@1@0@1@half", [memoryview(bytes(16))], soon())
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        assert connection.get("small@1@0@1@half", [memoryview(bytearray(16))], soon())
+        seconds.append(time.perf_counter() - began)
+    connection.close()
+    assert statistics.median(seconds) < 0.02, "the kernel waits 40 ms with its acknowledgement"
 
 
 def test_a_put_is_confirmed_only_by_the_server_that_keeps_it(server):

@@ -28,6 +28,7 @@ class LMServer:
         cuts: how many payloads are cut before that ends; None for all.
         capacity: bytes that fit; a PUT past them closes the connection, as LMCache's does when it is out of memory.
         delay: seconds before each reply.
+        mute: commands that are not answered, while others are.
     """
 
     def __init__(self, port: int = 0):
@@ -38,6 +39,7 @@ class LMServer:
         self.cuts: int | None = None
         self.capacity: int | None = None
         self.delay = 0.0
+        self.mute: set[int] = set()
         self.port = port
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -93,20 +95,24 @@ class LMServer:
         _, world, worker, hashed, _ = key.split("@")
         int(world), int(worker), int(hashed, 16)
         self.requests.append((command, key))
+        while command in self.mute and not self._closed.is_set():
+            time.sleep(0.01)
         if self.delay and self._closed.wait(self.delay):
             return False
         if command == PUT:
             payload = _receive(connection, length)
-            if payload is None:
-                return False
             used = sum(len(one[3]) for one in self.stored.values())
             if self.capacity is not None and used + length > self.capacity:
                 return False
-            self.stored[key] = (form, dtype, tuple(shape), bytes(payload))
+            # LMCache's server keeps what a cut payload has become, which is nothing, and says that it has it.
+            self.stored[key] = (form, dtype, tuple(shape), b"" if payload is None else bytes(payload))
+            return payload is not None
         elif command == GET and key in self.stored:
             form, dtype, shape, payload = self.stored[key]
-            connection.sendall(REPLY.pack(200, len(payload), form, dtype, *shape, 0))
-            if self.cut_after is not None and self.cuts != 0:
+            connection.sendall(REPLY.pack(200, shape[0], form, dtype, *shape, 0))
+            if not payload:
+                return False
+            if self.cut_after is not None and self.cuts != 0 and len(payload) > self.cut_after:
                 self.cuts = None if self.cuts is None else self.cuts - 1
                 connection.sendall(payload[: self.cut_after])
                 return False

@@ -25,13 +25,25 @@ RETRY, MAX_RETRY = 0.25, 3.0
 """Seconds between two attempts while it does not; they double up to the second figure."""
 
 
+MAX_SUSPENSION = 30.0
+"""Most seconds in which a server that answers when it is asked for its health, and nothing else, is left alone."""
+
+
+class Stalled(DeadlineExceeded):
+    """Not a byte of an answer within the time-out."""
+
+
+class Damaged(PeerGone):
+    """The server began to send what it has, and closed the connection: it has less than it says."""
+
+
 class Connection(ABC):
     """One request to the server at a time. Of one thread, but for `abort`.
 
     After any error but `ProtocolError` from an argument it is out of step: close it. Names are those of `ChunkNames`,
     deadlines are on `time.monotonic`. Every method but the last two raises
 
-        DeadlineExceeded: the server stalls, or is not done by the deadline.
+        DeadlineExceeded: the server is not done by the deadline; `Stalled`, if it did nothing at all.
         PeerGone: it is lost, or was aborted.
         ProtocolError: the server answers what it cannot have been asked.
     """
@@ -51,6 +63,10 @@ class Connection(ABC):
     @abstractmethod
     def put(self, name: str, buffers: Sequence[memoryview], deadline: float) -> bool:
         """Store bytes under `name`; whether the server has kept them."""
+
+    @abstractmethod
+    def condemn(self, name: str, deadline: float) -> None:
+        """What is under `name` is not what was stored: `exists` is false from here on, until it is stored again."""
 
     @abstractmethod
     def announce(self, names: Sequence[str], deadline: float) -> None:
@@ -84,6 +100,7 @@ class Server(ABC):
         self._lock = threading.Lock()
         self._up: bool | None = None
         self._losses = 0
+        self._suspension, self._suspended_until = 0.0, 0.0
         self._stop = threading.Event()
         self._known = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kvsdk-lmcache-watch", daemon=True)
@@ -99,12 +116,16 @@ class Server(ABC):
         """Connections lost so far. After each one the server may be another, without what the last one held."""
         return self._losses
 
-    def connect(self) -> Connection:
-        """Raises DeadlineExceeded or PeerGone, and is down then."""
+    def connect(self, timeout: float | None = None) -> Connection:
+        """Raises DeadlineExceeded or PeerGone, and is down then.
+
+        Args:
+            timeout: instead of the server's own, for what is asked over this connection.
+        """
         if not self.up:
             raise PeerGone(f"the LMCache server at {self.address} is down")
         try:
-            return self._connect()
+            return self._connect(self.timeout if timeout is None else timeout)
         except (DeadlineExceeded, PeerGone) as error:
             self.down(error)
             raise
@@ -115,9 +136,21 @@ class Server(ABC):
             self._losses += 1
 
     def down(self, reason: Exception) -> None:
-        """It does not answer: ask it no more until a probe in the background succeeds."""
+        """It does not answer: ask it no more until a probe in the background succeeds.
+
+        A server that stalls may still say that it is well, so it is left alone for a time that doubles, until `worked`.
+        """
+        with self._lock:
+            now = time.monotonic()
+            if isinstance(reason, Stalled) and now >= self._suspended_until:
+                self._suspension = min(2 * self._suspension or 1.0, MAX_SUSPENSION)
+                self._suspended_until = now + self._suspension
         self._set(False, reason)
         self._wake()
+
+    def worked(self) -> None:
+        """It did what it was asked."""
+        self._suspension = 0.0
 
     def wait_known(self, timeout: float) -> bool:
         """Wait until it has been asked once; whether it is up."""
@@ -145,16 +178,23 @@ class Server(ABC):
                     self._ask()
                 except KVError as error:
                     self._set(False, error)
-                else:
+                    self._pause_after(pause)
+                    pause = min(2 * pause, MAX_RETRY)
+                    continue
+                suspended = self._suspended_until - time.monotonic()
+                if suspended <= 0:
                     self._set(True)
-                self._known.set()
-                self._pause(HEARTBEAT if self.up else pause)
-                pause = RETRY if self.up else min(2 * pause, MAX_RETRY)
+                    pause = RETRY
+                self._pause_after(max(0.0, suspended) or HEARTBEAT)
         except Exception as error:
             logger.exception("the thread that watches %s failed", self.address)
             self._set(False, error)
         finally:
             self._disconnect()
+
+    def _pause_after(self, seconds: float) -> None:
+        self._known.set()
+        self._pause(seconds)
 
     @abstractmethod
     def _ask(self) -> None:
@@ -169,7 +209,7 @@ class Server(ABC):
         """Have the server asked soon. From any thread."""
 
     @abstractmethod
-    def _connect(self) -> Connection:
+    def _connect(self, timeout: float) -> Connection:
         """A new connection."""
 
     @abstractmethod
@@ -205,10 +245,11 @@ class Pool:
 
     Args:
         connections: how many, which is how many requests are in flight.
+        timeout: of the connections, if it is not the server's own; a server that stalls here does not count as down.
     """
 
-    def __init__(self, server: Server, name: str, connections: int):
-        self._server, self._name = server, name
+    def __init__(self, server: Server, name: str, connections: int, timeout: float | None = None):
+        self._server, self._name, self._timeout = server, name, timeout
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -239,6 +280,7 @@ class Pool:
 
     def _carry_out(self, job: Job, connection: Connection | None) -> Connection | None:
         """Returns the connection if it can be used again."""
+        asked_again = False
         while True:
             fresh = connection is None
             try:
@@ -247,10 +289,11 @@ class Pool:
                 if not self._server.up:
                     raise PeerGone(f"the LMCache server at {self._server.address} is down")
                 if connection is None:
-                    connection = self._server.connect()
+                    connection = self._server.connect(self._timeout)
                     with self._lock:
                         self._connections.add(connection)
                 job.run(connection)
+                self._server.worked()
                 return connection
             except Exception as error:  # a job's thread goes on whatever the job met, and says so
                 if connection is not None:
@@ -258,10 +301,13 @@ class Pool:
                     connection = None
                     if isinstance(error, PeerGone):
                         self._server.lost()
-                        # The server may have closed it long ago, while nobody asked anything.
-                        if not fresh and not self._stop.is_set():
+                        # The server may have closed it long ago, while nobody asked anything; or the network did, in
+                        # the middle of an answer.
+                        again = not fresh or (isinstance(error, Damaged) and not asked_again)
+                        if again and not self._stop.is_set():
+                            asked_again = True
                             continue
-                    elif isinstance(error, DeadlineExceeded) and not self._stop.is_set():
+                    elif isinstance(error, Stalled) and self._timeout is None and not self._stop.is_set():
                         self._server.down(error)
                 if not isinstance(error, KVError):
                     logger.exception("a job of the LMCache client's %s threads failed", self._name)

@@ -14,11 +14,11 @@ import torch
 
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
-from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
-from kvsdk.connectors.lmcache.client import Connection, Job, Pool, Server
+from kvsdk.connectors.lmcache.chunks import COMING_SECONDS, ChunkFormat, digest
+from kvsdk.connectors.lmcache.client import Connection, Damaged, Job, Pool, Server, Stalled
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
-from kvsdk.errors import PeerGone, ProtocolError
+from kvsdk.errors import DeadlineExceeded, PeerGone, ProtocolError
 
 logger = logging.getLogger("kvsdk.lmcache")
 
@@ -40,6 +40,8 @@ class Chunk:
         name: on the server.
         coming: the name under which a server says that it is about to store it.
         index: in its prompt.
+        begun: since when a connection fetches it, on `time.monotonic`; 0 if none does.
+        expected_until: on `time.monotonic`; until then a server that said it was about to store it is believed.
         buffer: its blocks, in host memory, once it is there.
         parts: blocks of each part.
     """
@@ -49,9 +51,11 @@ class Chunk:
     index: int
     state: _State = _State.WAITING
     references: int = 0
+    begun: float = 0.0
+    expected_until: float = 0.0
     buffer: torch.Tensor | None = None
     parts: list[int] = dataclasses.field(default_factory=list)
-    waiting: list[Ticket] = dataclasses.field(default_factory=list)
+    waiting: set[Ticket] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,7 +104,8 @@ class Chunks:
         self._lock = threading.Lock()
         self._chunks: dict[str, Chunk] = {}
         self._tickets: collections.OrderedDict[int, Ticket] = collections.OrderedDict()
-        self._again: list[Chunk] = []  # not there yet, and announced
+        self._again: list[Chunk] = []  # announced and not there yet, or without memory
+        self._full = False
 
     def open(self, ticket_id: int, keys: bytes, first: int, timeout: float, answer: Callable[[int], None]) -> None:
         """Fetch chunks; `answer` is called once with the number of those at the beginning that are there.
@@ -111,7 +116,8 @@ class Chunks:
             timeout: seconds after which `answer` is called with what is there by then.
         """
         each = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
-        names = [(self._names.name(key), self._names.coming(key)) for key in each]
+        # More than there is memory for could not be promised, and the last of them would be waited for.
+        names = [(self._names.name(key), self._names.coming(key)) for key in each[: self._memory.limit]]
         with self._lock:
             if len(self._tickets) >= MAX_TICKETS or ticket_id in self._tickets or not self._server.up:
                 answer(0)
@@ -128,7 +134,7 @@ class Chunks:
             self._tickets[ticket_id] = ticket
             for chunk in chunks:
                 if chunk.state is _State.WAITING:
-                    chunk.waiting.append(ticket)
+                    chunk.waiting.add(ticket)
             self._advance(ticket)
         for chunk in new:
             self._pool.submit(_Fetch(self, chunk))
@@ -151,7 +157,7 @@ class Chunks:
 
     def tick(self) -> bool:
         """Ask again for what is coming, answer lookups whose time is up, end leases. Whether a lookup is open."""
-        now, lease_now = time.monotonic(), self._clock()
+        now, lease_now, stalled = time.monotonic(), self._clock(), False
         with self._lock:
             again, self._again = self._again, []
         for chunk in again:
@@ -160,6 +166,8 @@ class Chunks:
             open_lookups = False
             for ticket_id, ticket in list(self._tickets.items()):
                 if not ticket.answered and now >= ticket.deadline:
+                    begun = 0.0 if ticket.ready else ticket.chunks[0].begun
+                    stalled = stalled or 0.0 < begun < now - 0.5 * self._server.timeout
                     self._answer(ticket)
                 open_lookups = open_lookups or not ticket.answered
                 if lease_now >= ticket.expires and not ticket.pins:
@@ -168,7 +176,10 @@ class Chunks:
                     ticket.released = True
                     self._answer(ticket)
                     self._drop_if_unused(ticket)
-            return open_lookups
+        if stalled:
+            # Bytes may come, one now and then: it is not to be waited for with every prompt.
+            self._server.down(Stalled("it did not send one chunk in the time of a lookup"))
+        return open_lookups
 
     def pin(self, ticket_id: int) -> Ticket | None:
         """A ticket whose chunks stay until `unpin`; None if it has ended."""
@@ -203,8 +214,7 @@ class Chunks:
         ticket.answered = True
         rest, ticket.chunks = ticket.chunks[ticket.ready :], ticket.chunks[: ticket.ready]
         for chunk in rest:
-            if ticket in chunk.waiting:
-                chunk.waiting.remove(ticket)
+            chunk.waiting.discard(ticket)
             self._drop(chunk)
         ticket.answer(ticket.ready)
 
@@ -235,19 +245,20 @@ class Chunks:
         """Fetch and check one chunk. Raises what `Connection.get` does."""
         buffer = self._memory.take()
         if buffer is None:
-            logger.info("%s is not fetched: max_local_cpu_size is in use", chunk.name)
-            self.missing(chunk)
+            self._ask_again(chunk)
+            if not self._full:
+                self._full = True
+                logger.info("prompts wait for host memory: all of max_local_cpu_size is in use")
             return
-        ready = False
+        self._full = ready = False
         try:
-            losses = self._server.losses
+            losses, deadline = self._server.losses, self._begin(chunk)
             header = bytearray(self._form.header_bytes)
             into = [memoryview(header), memoryview(buffer.numpy())]
-            if not connection.get(chunk.name, into, time.monotonic() + self._limit):
+            if not connection.get(chunk.name, into, deadline):
                 self._known.discard(chunk.name)
-                if connection.is_announced(chunk.coming, time.monotonic() + self._limit):
-                    with self._lock:
-                        self._again.append(chunk)
+                if self._is_expected(chunk, connection, deadline):
+                    self._ask_again(chunk)
                     return
             elif (parts := self._checked(chunk, header, buffer)) is not None:
                 self._known.add(chunk.name, losses)
@@ -257,9 +268,45 @@ class Chunks:
                 self._memory.give_back(buffer)
         self._finish(chunk, buffer if ready else None)
 
+    def _begin(self, chunk: Chunk) -> float:
+        """Until when somebody waits for it."""
+        now = time.monotonic()
+        with self._lock:
+            chunk.begun = now
+            return min(now + self._limit, max((ticket.deadline for ticket in chunk.waiting), default=now))
+
+    def _ask_again(self, chunk: Chunk) -> None:
+        with self._lock:
+            chunk.begun = 0.0
+            self._again.append(chunk)
+
+    def _is_expected(self, chunk: Chunk, connection: Connection, deadline: float) -> bool:
+        """Whether a server has said that it is about to store the chunk. It is asked for once."""
+        now = time.monotonic()
+        if not chunk.expected_until and connection.is_announced(chunk.coming, deadline):
+            chunk.expected_until = now + COMING_SECONDS
+        return now < chunk.expected_until
+
     def missing(self, chunk: Chunk) -> None:
         """It cannot be had."""
         self._finish(chunk, None)
+
+    def late(self, chunk: Chunk) -> None:
+        """The lookups that it was fetched for have ended; others may have come to it."""
+        now = time.monotonic()
+        with self._lock:
+            if any(ticket.deadline > now for ticket in chunk.waiting):
+                chunk.begun = 0.0
+                self._again.append(chunk)
+                return
+        self.missing(chunk)
+
+    def damaged(self, chunk: Chunk, reason: str) -> None:
+        """The server has something else under its name; the next one that computes it stores it again."""
+        logger.warning("the chunk %s is damaged on the server and computed instead: %s", chunk.name, reason)
+        self._counters.add("corrupt_blocks", self._form.num_blocks)
+        self._known.discard(chunk.name, damaged=True)
+        self._pool.submit(_Condemn(chunk.name, self._limit))
 
     def _checked(self, chunk: Chunk, header: bytearray, buffer: torch.Tensor) -> list[int] | None:
         """The chunk's parts, if it is what was stored."""
@@ -270,9 +317,7 @@ class Chunks:
             reason = "it does not match its digest"
         except ProtocolError as error:
             reason = str(error)
-        logger.warning("the chunk %s is damaged on the server and computed instead: %s", chunk.name, reason)
-        self._counters.add("corrupt_blocks", self._form.num_blocks)
-        self._known.discard(chunk.name, damaged=True)
+        self.damaged(chunk, reason)
         return None
 
     def _finish(self, chunk: Chunk, buffer: torch.Tensor | None) -> None:
@@ -280,9 +325,9 @@ class Chunks:
             if buffer is not None and not chunk.references:
                 self._memory.give_back(buffer)
                 return
-            chunk.buffer = buffer
+            chunk.buffer, chunk.begun = buffer, 0.0
             chunk.state = _State.MISSING if buffer is None else _State.READY
-            waiting, chunk.waiting = chunk.waiting, []
+            waiting, chunk.waiting = chunk.waiting, set()
             for ticket in waiting:
                 if not ticket.answered:
                     self._advance(ticket)
@@ -297,8 +342,22 @@ class _Fetch(Job):
             self._chunks.fetch(self._chunk, connection)
 
     def fail(self, error: Exception) -> None:
-        if isinstance(error, ProtocolError):
-            logger.warning("the chunk %s cannot be fetched: %s", self._chunk.name, error)
+        if isinstance(error, (ProtocolError, Damaged)):
+            self._chunks.damaged(self._chunk, str(error))
+        elif isinstance(error, DeadlineExceeded) and not isinstance(error, Stalled):
+            self._chunks.late(self._chunk)
+            return
         elif not isinstance(error, PeerGone):
             logger.info("the chunk %s was not fetched: %s", self._chunk.name, error)
         self._chunks.missing(self._chunk)
+
+
+class _Condemn(Job):
+    def __init__(self, name: str, limit: float):
+        self._name, self._limit = name, limit
+
+    def run(self, connection: Connection) -> None:
+        connection.condemn(self._name, time.monotonic() + self._limit)
+
+    def fail(self, error: Exception) -> None:
+        logger.info("the server could not be told that %s is damaged: %s", self._name, error)

@@ -19,7 +19,8 @@ class HostMemory:
     """
 
     def __init__(self, buffer_bytes: int, limit: int, *, pinned: bool):
-        self._buffer_bytes, self._limit, self._pinned = buffer_bytes, limit, pinned
+        self.limit = limit
+        self._buffer_bytes, self._pinned = buffer_bytes, pinned
         self._free: list[torch.Tensor] = []
         self._made = 0
         self._changed = threading.Condition()
@@ -27,10 +28,10 @@ class HostMemory:
     def take(self, timeout: float = 0.0) -> torch.Tensor | None:
         """A uint8 tensor of `buffer_bytes`, not initialised; None if all are in use for `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._made < self._limit, timeout)
+            self._changed.wait_for(lambda: self._free or self._made < self.limit, timeout)
             if self._free:
                 return self._free.pop()
-            if self._made >= self._limit:
+            if self._made >= self.limit:
                 return None
             self._made += 1
         try:

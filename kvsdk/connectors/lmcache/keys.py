@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 
 import numpy as np
 
@@ -26,6 +27,9 @@ _DTYPES = {
 """LMCache's words; its server cannot read a key that ends with another one."""
 
 _REMEMBERED = 100_000
+
+KNOWN_SECONDS = 60.0
+"""How long the server is believed to have a chunk: another server may find it damaged, which this one is not told."""
 
 
 def chunk_keys(blocks: bytes, blocks_per_chunk: int) -> bytes:
@@ -48,6 +52,7 @@ class ChunkNames:
         same = [
             FORMAT,
             dict(context.model),
+            context.options.model_id or context.model_path,
             layout.fingerprint(),
             context.world_size,
             context.rank,
@@ -78,14 +83,15 @@ class ChunkNames:
 
 
 class Known:
-    """Chunks that the server is known to hold, so that they are neither copied nor sent again; the last 100,000.
+    """Chunks that the server is known to hold, so that they are neither copied nor sent again; of the last minute, and
+    100,000 at most.
 
     Any thread may use it. Whoever adds says how many connections had been lost when the server was asked: after another
     one it may be another server, or an empty one.
     """
 
     def __init__(self) -> None:
-        self._names: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._names: collections.OrderedDict[str, float] = collections.OrderedDict()
         self._damaged: set[str] = set()
         self._losses = 0
         self._lock = threading.Lock()
@@ -96,7 +102,7 @@ class Known:
             self._forget_if_lost(losses)
             if losses == self._losses:
                 self._damaged.discard(name)
-                self._names[name] = None
+                self._names[name] = time.monotonic() + KNOWN_SECONDS
                 self._names.move_to_end(name)
                 if len(self._names) > _REMEMBERED:
                     self._names.popitem(last=False)
@@ -105,7 +111,7 @@ class Known:
         """Whether the server has it, as far as is known."""
         with self._lock:
             self._forget_if_lost(losses)
-            return name in self._names
+            return time.monotonic() < self._names.get(name, 0.0)
 
     def discard(self, name: str, *, damaged: bool = False) -> None:
         """The server does not have it, or something else in its place, which the next save replaces."""

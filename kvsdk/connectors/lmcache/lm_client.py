@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import socket
 import struct
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from kvsdk.config import format_address
 from kvsdk.connectors.lmcache.chunks import COMING_BYTES, coming, is_coming
-from kvsdk.connectors.lmcache.client import Connection, Server
+from kvsdk.connectors.lmcache.client import Connection, Damaged, Server, Stalled
 from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, Command, decode_reply, encode_request
 from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, ProtocolError
 
@@ -20,12 +21,19 @@ logger = logging.getLogger("kvsdk.lmcache")
 PIECE_BYTES = 8 * 2**20
 """Received at a time: a time-out that comes after some of it is told from one without a byte."""
 
+_STORED, _DAMAGED = b"kvsdkLM1 stored", b"kvsdkLM1 damage"
+_STATE_BYTES = len(_STORED)
+
 HEALTH_KEY = "kvsdk@1@0@0@uint8"
 """The server parses a key even where none is asked for."""
 
 
 class LMConnection(Connection):
     """One TCP connection to the server.
+
+    When the payload of a PUT is cut short, LMCache's server keeps nothing under the key and says for ever that it has
+    it. So a second, small value says for each that all of it was sent: `exists` asks for that, and `condemn` takes it
+    back.
 
     Args:
         timeout: seconds without a byte in either direction after which the server counts as stalled.
@@ -40,7 +48,7 @@ class LMConnection(Connection):
         try:
             self._socket = socket.create_connection((host, port), timeout)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"{self.address} took no connection within {timeout:.3g} s") from error
+            raise Stalled(f"{self.address} took no connection within {timeout:.3g} s") from error
         except OSError as error:
             raise PeerGone(f"nobody answers on {self.address} ({error.strerror or error})") from error
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -49,8 +57,8 @@ class LMConnection(Connection):
         self._socket.settimeout(None)
 
     def exists(self, name: str, deadline: float) -> bool:
-        self._send([encode_request(Command.EXIST, name)], deadline)
-        return self._reply(deadline) is not None
+        said = bytearray(_STATE_BYTES)
+        return self.get(state_name(name), [memoryview(said)], deadline) and said == _STORED
 
     def health(self, deadline: float) -> None:
         """Returns once the server has answered."""
@@ -66,8 +74,11 @@ class LMConnection(Connection):
         wanted = sum(map(len, into))
         if length != wanted:
             raise ProtocolError(f"{self.address} has {length} bytes under {name}, not {wanted}")
-        for buffer in into:
-            self._receive(buffer, deadline)
+        try:
+            for buffer in into:
+                self._receive(buffer, deadline)
+        except PeerGone as error:
+            raise Damaged(f"{self.address} does not have all of what it says to have under {name}: {error}") from error
         return True
 
     def put(self, name: str, buffers: Sequence[memoryview], deadline: float) -> bool:
@@ -76,10 +87,13 @@ class LMConnection(Connection):
         A PUT has no reply. The server reads the next request of a connection when it is done with the one before, so
         an EXIST behind it answers for it.
         """
-        length = sum(map(len, buffers))
-        confirm = encode_request(Command.EXIST, name)
-        self._send([encode_request(Command.PUT, name, length), *buffers, confirm], deadline)
+        length, state = sum(map(len, buffers)), state_name(name)
+        stored = encode_request(Command.PUT, state, _STATE_BYTES) + _STORED + encode_request(Command.EXIST, state)
+        self._send([encode_request(Command.PUT, name, length), *buffers, stored], deadline)
         return self._reply(deadline) is not None
+
+    def condemn(self, name: str, deadline: float) -> None:
+        self._send([encode_request(Command.PUT, state_name(name), _STATE_BYTES), _DAMAGED], deadline)
 
     def announce(self, names: Sequence[str], deadline: float) -> None:
         # Without asking whether the server keeps them: nothing is lost with them but a load.
@@ -113,6 +127,9 @@ class LMConnection(Connection):
         try:
             while buffer:
                 self._set_timeout(socket.SO_RCVTIMEO, deadline)
+                # The server sends a header, then the payload; a delayed acknowledgement of the one would hold up the
+                # other for 40 ms.
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
                 received = self._socket.recv_into(buffer[:PIECE_BYTES], 0, socket.MSG_WAITALL)
                 if not received:
                     raise PeerGone(f"{self.address} closed the connection")
@@ -132,7 +149,7 @@ class LMConnection(Connection):
         if isinstance(error, KVError):
             return error
         if isinstance(error, (BlockingIOError, TimeoutError)):
-            return DeadlineExceeded(f"no byte from {self.address} within {self._timeout:.3g} s")
+            return Stalled(f"no byte from {self.address} within {self._timeout:.3g} s")
         return PeerGone(f"the connection to {self.address} is lost ({error.strerror or error})")
 
     def abort(self) -> None:
@@ -143,6 +160,13 @@ class LMConnection(Connection):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def state_name(name: str) -> str:
+    """The name of the value that says whether what is under `name` is whole."""
+    model, world, worker, _, dtype = name.split("@")
+    hashed = hashlib.blake2b(name.encode(), digest_size=16, person=b"kvsdk.state/1").hexdigest()
+    return "@".join((model, world, worker, hashed, dtype))
 
 
 class LMServer(Server):
@@ -175,8 +199,8 @@ class LMServer(Server):
     def _wake(self) -> None:
         self._look.set()
 
-    def _connect(self) -> LMConnection:
-        return LMConnection(self.host, self.port, self.timeout)
+    def _connect(self, timeout: float) -> LMConnection:
+        return LMConnection(self.host, self.port, timeout)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

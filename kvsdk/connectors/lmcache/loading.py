@@ -28,7 +28,8 @@ class Loader:
     def __init__(self, store: BlockStore, *, form: ChunkFormat, chunks: Chunks, streams: Streams, counters: Counters):
         self._store, self._form, self._chunks, self._streams = store, form, chunks, streams
         self._counters = counters
-        self._staging: torch.Tensor | None = None
+        # At once, before vLLM has taken the rest of the device's memory.
+        self._staging = store.staging(form.num_blocks) if store.device.type == "cuda" else None
         self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvsdk-lmcache-load", daemon=True)
         self._thread.start()
@@ -60,6 +61,9 @@ class Loader:
             if task.fence is not None:
                 task.fence.synchronize()
             (ids,), first = task.blocks, task.first_block
+            # Sliding-window layers: vLLM wants nothing before the window, where it has its null block.
+            null = int(np.argmax(ids != 0)) if ids.any() else len(ids)
+            ids, first = ids[null:], first + null
             loaded = sum(self._load_chunk(task, chunk, ids, first) for chunk in ticket.chunks)
         finally:
             self._chunks.unpin(ticket)
@@ -85,12 +89,10 @@ class Loader:
         return loaded
 
     def _write(self, task: LoadTask, ids: np.ndarray, part: torch.Tensor) -> None:
-        if self._store.device.type != "cuda":
+        if self._staging is None:
             with task.using():
                 self._store.scatter(ids, part)
             return
-        if self._staging is None:
-            self._staging = self._store.staging(self._form.num_blocks)
         staging = self._staging[: part.numel()]
         staging.copy_(part, non_blocking=True)
         torch.cuda.current_stream().synchronize()

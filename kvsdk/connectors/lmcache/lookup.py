@@ -38,6 +38,9 @@ LOOKUP_WIRE = Wire(
     },
 )
 
+HELLO = 2.0
+"""Seconds between two questions for the state of workers, while one of them is down."""
+
 MAX_RENEWED = 1024
 """Tickets of one `renew`."""
 
@@ -69,6 +72,9 @@ class LookupClient:
         for address in addresses:
             one = zmq_context().socket(zmq.DEALER)
             one.setsockopt(zmq.LINGER, 0)
+            # vLLM asks for every waiting request in one step.
+            one.setsockopt(zmq.SNDHWM, 0)
+            one.setsockopt(zmq.RCVHWM, 0)
             one.connect(f"tcp://{address}")
             one.send(LOOKUP_WIRE.encode("hello"))
             self._sockets.append(one)
@@ -103,14 +109,22 @@ class LookupClient:
         return ticket
 
     def count(self, ticket: int) -> int | None:
-        """Chunks that every worker has; None while one has not answered."""
+        """Chunks that every worker has; None while one has not answered. One that does not in time counts as down until
+        it says something.
+        """
         with self._lock:
             lookup = self._lookups.get(ticket)
             if lookup is None:
                 return 0
             if len(lookup.counts) == len(self._sockets):
                 return min(lookup.counts.values())
-            return None if time.monotonic() < lookup.deadline else 0
+            if time.monotonic() < lookup.deadline:
+                return None
+            for rank in range(len(self._sockets)):
+                if rank not in lookup.counts and self._up.get(rank):
+                    logger.warning("worker %d does not answer lookups; prompts are computed here until it does", rank)
+                    self._up[rank] = False
+            return 0
 
     def release(self, ticket: int) -> None:
         """The chunks are not needed any more."""
@@ -127,10 +141,10 @@ class LookupClient:
         poller.register(self._waker.reader, zmq.POLLIN)
         for one in self._sockets:
             poller.register(one, zmq.POLLIN)
-        renew_at = time.monotonic() + self._lease / 3
+        renew_at, hello_at = time.monotonic() + self._lease / 3, time.monotonic() + HELLO
         try:
             while not self._stop.is_set():
-                ready = dict(poller.poll(max(1, int(1000 * min(1.0, renew_at - time.monotonic())))))
+                ready = dict(poller.poll(max(1, int(1000 * (min(renew_at, hello_at) - time.monotonic())))))
                 if self._waker.reader.fileno() in ready:
                     self._waker.clear()
                 for rank, one in enumerate(self._sockets):
@@ -139,6 +153,10 @@ class LookupClient:
                 if time.monotonic() >= renew_at:
                     renew_at = time.monotonic() + self._lease / 3
                     self._renew()
+                if time.monotonic() >= hello_at:
+                    hello_at = time.monotonic() + HELLO
+                    if not self.up:
+                        self._outbox.append(LOOKUP_WIRE.encode("hello"))
                 while self._outbox:
                     message = self._outbox.popleft()
                     for one in self._sockets:
@@ -206,6 +224,8 @@ class LookupServer:
         self._waker = Waker()
         self._socket = zmq_context().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, LOOKUP_WIRE.max_bytes)
         self.address = f"127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
         self._told: bool | None = None
@@ -228,7 +248,7 @@ class LookupServer:
                     self._waker.clear()
                 while self._socket in ready and self._socket.poll(0):
                     self._take(self._socket.recv_multipart())
-                busy = self._tick()
+                busy = self._tick_or_log()
                 if self._told != (up := self._is_up()):
                     self._told = up
                     self._outbox.extend([peer, LOOKUP_WIRE.encode("state", up=up)] for peer in self._peers)
@@ -239,6 +259,14 @@ class LookupServer:
         finally:
             self._socket.close()
             self._waker.close()
+
+    def _tick_or_log(self) -> bool:
+        try:
+            return self._tick()
+        except Exception:
+            logger.exception("what is due for lookups failed; going on with the next ones")
+            self._stop.wait(1.0)
+            return False
 
     def _take(self, frames: list[bytes]) -> None:
         try:
@@ -257,11 +285,12 @@ class LookupServer:
                 raise ProtocolError(f"{kind} at a worker")
         except ProtocolError as error:
             logger.warning("a malformed message was dropped: %s", error)
+        except Exception:
+            logger.exception("a lookup failed; its prompt is computed")
 
     def _hello(self, peer: bytes) -> None:
-        self._peers[peer] = None
-        if len(self._peers) > 16:  # one scheduler half asks; others can only be strangers
-            self._peers.popitem(last=False)
+        if len(self._peers) < 16:  # one scheduler half asks, the first; others can only be strangers
+            self._peers[peer] = None
         self._outbox.append([peer, LOOKUP_WIRE.encode("state", up=self._is_up())])
 
     def _begin(self, peer: bytes, fields: dict[str, Any]) -> None:

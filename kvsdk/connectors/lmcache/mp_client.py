@@ -37,9 +37,9 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from kvsdk.connectors.lmcache.client import Connection, Server
+from kvsdk.connectors.lmcache.client import Connection, Server, Stalled
 from kvsdk.connectors.lmcache.wake import Waker
-from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, ProtocolError
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone
 
 logger = logging.getLogger("kvsdk.lmcache")
 
@@ -154,7 +154,7 @@ class MPServer(Server):
             session.end(reason)
         super().down(reason)
 
-    def _connect(self) -> MPConnection:
+    def _connect(self, timeout: float) -> MPConnection:
         session = self._session
         if session is None or session.ended:
             raise PeerGone(f"the connection to {self.address} is lost")
@@ -290,7 +290,7 @@ class _Session:
         try:
             return future.result()
         except Exception as error:  # whatever LMCache's client has met
-            raise ProtocolError(f"{self.url}: {error}") from error
+            raise PeerGone(f"{self.url}: {error}") from error
 
     def _wait(self, future: Any, deadline: float, aborted: threading.Event | None = None) -> bool:
         """Wait a little for an answer; whether it is there."""
@@ -308,8 +308,11 @@ class _Session:
         """Returns once the server has answered."""
         deadline = time.monotonic() + timeout
         for future in [self.ask("ping", instance) for instance in self.instances or [None]]:
-            while not self._wait(future, deadline):
-                pass
+            try:
+                while not self._wait(future, deadline):
+                    pass
+            except DeadlineExceeded as error:
+                raise Stalled(str(error)) from error
 
     def forget(self, instances: list[int]) -> None:
         """Have the server give up the slots of sessions that have ended, if it is still the same."""
@@ -430,6 +433,9 @@ class MPConnection(Connection):
         answer = self._call(session.ask("store", key, instance, [[slot]], session.event), deadline)
         session.ask("end_session", request)
         return answer
+
+    def condemn(self, name: str, deadline: float) -> None:
+        """Nothing can be done: see the module."""
 
     def announce(self, names: Sequence[str], deadline: float) -> None:
         session, bucket = self._session, int(time.time() // COMING_SECONDS)

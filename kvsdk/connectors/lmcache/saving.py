@@ -22,7 +22,7 @@ from kvsdk.connectors.lmcache.client import Connection, Job, Pool, Server
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.pynccl.serving import Streams
-from kvsdk.errors import KVError, PeerGone, TaskEnded
+from kvsdk.errors import KVError, TaskEnded
 from kvsdk.kernels import BlockStore
 
 logger = logging.getLogger("kvsdk.lmcache")
@@ -30,8 +30,9 @@ logger = logging.getLogger("kvsdk.lmcache")
 PATIENCE = 1.0
 """Seconds that a save waits for host memory: meanwhile it holds blocks that vLLM may need."""
 
-MAX_PARTIAL = 64
-"""Chunks of which only the beginning has been computed; of more requests at a time the oldest are not saved."""
+MAX_PARTIAL, PARTIAL_SECONDS = 64, 60.0
+"""Chunks of which only the beginning has been computed, and how long the rest is waited for; of more requests at a time
+the oldest are not saved, and nobody says when a request has ended."""
 
 PAUSE, MAX_PAUSE = 1.0, 30.0
 """Seconds in which nothing is stored after the server has refused a chunk; they double up to the second figure."""
@@ -43,11 +44,13 @@ class _Partial:
 
     Attributes:
         index: of the chunk in its prompt.
+        began: on `time.monotonic`.
         ends: where each part ends, in blocks of the chunk.
     """
 
     index: int
     buffer: torch.Tensor
+    began: float
     ends: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -83,12 +86,14 @@ class Saver:
         self._server, self._pool, self._memory, self._block_size = server, pool, memory, block_size
         self._limit, self._streams, self._counters = limit, streams, counters
         self._announcements = announcements
-        self._staging: torch.Tensor | None = None
+        # At once, before vLLM has taken the rest of the device's memory.
+        self._staging = store.staging(form.num_blocks) if store.device.type == "cuda" else None
         self._partials: collections.OrderedDict[str, _Partial] = collections.OrderedDict()
         self._tasks: queue.SimpleQueue[SaveTask | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._open = 0  # tasks that have not ended
         self._pending = 0  # chunks that were copied and are not stored
+        self._full_since = 0.0
         self._pause, self._paused_until, self._why_paused = PAUSE, 0.0, ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvsdk-lmcache-save", daemon=True)
@@ -97,15 +102,22 @@ class Saver:
     def save(self, task: SaveTask) -> None:
         """Queue a task; never waits."""
         self._count(tasks=1)
-        self._announcements.submit(_Announce(self, task))
+        if self.open:
+            self._announcements.submit(_Announce(self, task))
         self._tasks.put(task)
+
+    @property
+    def open(self) -> bool:
+        """Whether anything can be stored now."""
+        full = self._full_since and time.monotonic() - self._full_since >= PATIENCE
+        return self._server.up and time.monotonic() >= self._paused_until and not full
 
     def announce(self, task: SaveTask, connection: Connection) -> None:
         """Say which chunks are coming: the prompt may be asked for elsewhere before they have been stored."""
         losses = self._server.losses
         keys = [key for _, _, _, key in self._spans(task) if key is not None]
         new = [key for key in keys if not self._known.has(self._names.name(key), losses)]
-        if new and time.monotonic() >= self._paused_until:
+        if new:
             connection.announce([self._names.coming(key) for key in new], time.monotonic() + self._limit)
 
     def _spans(self, task: SaveTask) -> Iterator[tuple[int, int, int, bytes | None]]:
@@ -157,10 +169,12 @@ class Saver:
                     self._count(tasks=-1)
 
     def _save(self, task: SaveTask) -> None:
-        if not self._server.up:
-            raise PeerGone(f"the LMCache server at {self._server.address} is down")
-        if time.monotonic() < self._paused_until:
-            raise KVError(self._why_paused)
+        if task.first_block == 0:
+            # Of another request, where an id comes again.
+            self._forget_partial(task.request_id)
+        if not self._server.up or time.monotonic() < self._paused_until:
+            self._counters.add("store_failures")  # which the log has said once
+            return
         for index, start, stop, key in self._spans(task):
             if key is None:
                 # With a partly filled block, the prompt's last, there is no rest of this chunk to wait for.
@@ -186,16 +200,7 @@ class Saver:
         if partial is None:
             if start > begin:
                 return None
-            while len(self._partials) >= MAX_PARTIAL:
-                self._forget_partial(next(iter(self._partials)))
-            buffer = self._memory.take()
-            while buffer is None and self._partials:
-                self._forget_partial(next(iter(self._partials)))
-                buffer = self._memory.take()
-            buffer = self._memory.take(PATIENCE) if buffer is None else buffer
-            if buffer is None:
-                raise KVError("the server takes chunks too slowly: the host memory for them is full")
-            partial = _Partial(index, buffer)
+            partial = _Partial(index, self._take_memory(), time.monotonic())
             self._partials[task.request_id] = partial
         partial.ends = [end for end in partial.ends if end <= start - begin]
         if task.fence is not None:
@@ -206,14 +211,38 @@ class Saver:
         partial.ends.append(stop - begin)
         return partial
 
+    def _take_memory(self) -> torch.Tensor:
+        oldest = next(iter(self._partials.values()), None)
+        while oldest is not None and (
+            len(self._partials) >= MAX_PARTIAL or time.monotonic() - oldest.began >= PARTIAL_SECONDS
+        ):
+            self._forget_partial(next(iter(self._partials)))
+            oldest = next(iter(self._partials.values()), None)
+        now = time.monotonic()
+        # One save waits, and those behind it do not: each holds blocks that vLLM may need.
+        patience = 0.0 if self._full_since else PATIENCE
+        buffer = self._memory.take(patience)
+        while buffer is None and self._partials:
+            self._forget_partial(next(iter(self._partials)))
+            self._counters.add("store_failures")
+            buffer = self._memory.take()
+        if buffer is None:
+            self._counters.add("store_failures")
+            if not self._full_since:
+                self._full_since = now
+                logger.warning(
+                    "the server takes chunks too slowly: the host memory for them is full, some are not saved"
+                )
+            raise KVError("the host memory for chunks that are to be stored is full")
+        self._full_since = 0.0
+        return buffer
+
     def _copy(self, task: SaveTask, ids: np.ndarray, into: torch.Tensor) -> None:
         """Copy blocks into host memory."""
-        if self._store.device.type != "cuda":
+        if self._staging is None:
             with task.using():
                 self._store.gather(ids, into)
             return
-        if self._staging is None:
-            self._staging = self._store.staging(self._form.num_blocks)
         staging = self._staging[: into.numel()]
         with task.using():
             self._store.gather(ids, staging)

@@ -72,13 +72,15 @@ def read_settings(extra: Mapping[str, Any], block_size: int, *, environ: Mapping
     for variable, value in environ.items():
         if variable.startswith(_PREFIX) and variable not in _NOT_SETTINGS:
             given[variable.removeprefix(_PREFIX).lower()] = (variable, value)
-    given |= {name: (name, value) for name, value in extra.items()}
+    for name, value in extra.items():
+        # LMCache's own connector has its settings there with a prefix.
+        given[name.removeprefix("lmcache.").replace("mp.", "mp_")] = (name, value)
 
     multi_process, host, port = _server(given)
     chunk_size = int(_number(*given.pop("chunk_size", ("chunk_size", 256)), whole=True))
     gigabytes = _number(*given.pop("max_local_cpu_size", ("max_local_cpu_size", 5.0)))
     where, serde = given.pop("remote_serde", ("remote_serde", "naive"))
-    if serde != "naive":
+    if serde not in ("naive", None):
         raise ConfigError(f"{where}={serde!r} is not supported: chunks are stored as they are; set it to naive")
     if chunk_size % block_size:
         raise ConfigError(
@@ -108,8 +110,8 @@ def _read_file(path: str) -> dict[str, Any]:
 def _server(given: dict[str, tuple[str, Any]]) -> tuple[bool, str, int]:
     """Whether it is a multi-process server, its host and port."""
     where, url = given.pop("remote_url", ("", None))
-    host_at, host = given.pop("lmcache.mp.host", ("", None))
-    port_at, port = given.pop("lmcache.mp.port", ("", None))
+    host_at, host = given.pop("mp_host", ("", None))
+    port_at, port = given.pop("mp_port", ("", None))
     if url and (host or port):
         raise ConfigError(f"{where} and {host_at or port_at} name two servers; leave one out")
     if host or port:

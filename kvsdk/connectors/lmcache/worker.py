@@ -18,6 +18,7 @@ from kvsdk.connectors.lmcache.fetching import Chunks
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import LMServer
+from kvsdk.connectors.lmcache.lm_protocol import MAX_PAYLOAD_BYTES
 from kvsdk.connectors.lmcache.loading import Loader
 from kvsdk.connectors.lmcache.lookup import LookupServer
 from kvsdk.connectors.lmcache.mp_client import REGISTER_TIMEOUT, MPServer, require_lmcache
@@ -32,6 +33,9 @@ logger = logging.getLogger("kvsdk.lmcache")
 
 FETCH_CONNECTIONS, STORE_CONNECTIONS, ANNOUNCE_CONNECTIONS = 4, 2, 1
 """Apart, so that a lookup never waits behind a chunk that is being stored."""
+
+STORE_TIMEOUT = 5.0
+"""Least seconds without an answer after which storing pauses. Nobody waits for it, and a server under load is slow."""
 
 
 class LMCacheWorker(ProducerWorker, ConsumerWorker):
@@ -49,6 +53,7 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         self._loader: Loader | None = None
         self._lookups: LookupServer | None = None
         self._at_exit: Any = None
+        self._end_by: float | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor], layout: CacheLayout) -> None:
         context, options, settings = self.context, self.context.options, self._settings
@@ -56,6 +61,11 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         form = ChunkFormat(layout, settings.chunk_size // layout.block_size)
         names, known = ChunkNames(context, layout, settings.chunk_size), Known()
         buffers = settings.host_bytes // form.payload_bytes
+        if not settings.multi_process and form.header_bytes + form.payload_bytes > MAX_PAYLOAD_BYTES:
+            raise ConfigError(
+                f"a chunk of {settings.chunk_size} tokens has {form.payload_bytes} bytes, and an lm:// server takes "
+                f"{MAX_PAYLOAD_BYTES} at most; set a smaller chunk_size"
+            )
         if buffers < options.produces + options.consumes:
             gigabytes = (options.produces + options.consumes) * form.payload_bytes / 2**30
             raise ConfigError(
@@ -70,8 +80,8 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         if options.produces:
             self._saver = Saver(
                 store,
-                pool=self._pool("store", STORE_CONNECTIONS),
-                announcements=self._pool("announce", ANNOUNCE_CONNECTIONS),
+                pool=self._pool("store", STORE_CONNECTIONS, max(options.lookup_timeout, STORE_TIMEOUT)),
+                announcements=self._pool("announce", ANNOUNCE_CONNECTIONS, max(options.lookup_timeout, STORE_TIMEOUT)),
                 memory=HostMemory(form.payload_bytes, share, pinned=pinned),
                 block_size=layout.block_size,
                 limit=options.load_timeout,
@@ -132,9 +142,9 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
             self.close()
             raise refused
 
-    def _pool(self, name: str, connections: int) -> Pool:
+    def _pool(self, name: str, connections: int, timeout: float | None = None) -> Pool:
         assert self._server is not None
-        pool = Pool(self._server, name, connections)
+        pool = Pool(self._server, name, connections, timeout)
         self._pools.append(pool)
         return pool
 
@@ -155,7 +165,13 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
 
     def flush(self) -> None:
         if self._saver is not None:
-            self._saver.drain_tasks(time.monotonic() + self.context.options.close_timeout)
+            self._saver.drain_tasks(self._drain_by())
+
+    def _drain_by(self) -> float:
+        """Until when chunks are stored at the end; a fifth of `close_timeout` is kept for the threads' ends."""
+        if self._end_by is None:
+            self._end_by = time.monotonic() + self.context.options.close_timeout
+        return self._end_by - 0.2 * self.context.options.close_timeout
 
     def take_counters(self) -> dict[str, float]:
         return self._counters.take()
@@ -165,12 +181,11 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         self.close()
 
     def close(self) -> None:
-        deadline = time.monotonic() + self.context.options.close_timeout
         if self._at_exit is not None:
             self._at_exit.cancel()
-        if self._saver is not None and not self._saver.drain(deadline):
+        if self._saver is not None and not self._saver.drain(self._drain_by()):
             logger.warning("the server took chunks too slowly: some were not stored before the end")
-        deadline = max(deadline, time.monotonic() + 0.5)
+        deadline = time.monotonic() + 0.2 * self.context.options.close_timeout
         if self._server is not None:
             self._server.close(deadline)
         for part in (self._lookups, *self._pools, self._saver, self._loader):
