@@ -30,7 +30,7 @@ def server(monkeypatch):
 
 def world(server, roles=("kv_producer", "kv_consumer"), *, policy="recompute", engine=None, **options):
     common = {
-        "remote_url": server.url, "chunk_size": CHUNK, "max_local_cpu_size": 0.01, "lookup_timeout": 0.3,
+        "remote_url": server.url, "chunk_size": CHUNK, "max_local_cpu_size": 0.01, "lookup_timeout": 2.0,
         "close_timeout": 2.0,
     }  # fmt: skip
     subject = Subject(LMCacheConnector, LMCACHE_LM, options=common | options)

@@ -6,6 +6,7 @@ is asked of it fails at once, until a probe in the background succeeds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,6 +25,10 @@ HEARTBEAT = 2.0
 RETRY, MAX_RETRY = 0.25, 3.0
 """Seconds between two attempts while it does not; they double up to the second figure."""
 
+
+IDLE, MAX_IDLE = 2.0, 60.0
+"""Seconds between two looks of an idle thread at whether the server of its connection is gone, and how long an idle
+connection is kept."""
 
 MAX_SUSPENSION = 30.0
 """Most seconds in which a server that answers when it is asked for its health, and nothing else, is left alone."""
@@ -240,6 +245,17 @@ class Job(ABC):
         """It will not be done."""
 
 
+class _Idle(Job):
+    def run(self, connection: Connection) -> None:
+        """Nothing."""
+
+    def fail(self, error: Exception) -> None:
+        """Nothing."""
+
+
+_IDLE = _Idle()
+
+
 class Pool:
     """Threads with a connection each, which carry out jobs in order.
 
@@ -272,11 +288,23 @@ class Pool:
     def _run(self) -> None:
         connection: Connection | None = None
         try:
-            while (job := self._jobs.get()) is not None:
-                connection = self._carry_out(job, connection)
+            while (job := self._next(connection)) is not None:
+                connection = None if job is _IDLE else self._carry_out(job, connection)
         finally:
             if connection is not None:
                 self._drop(connection)
+
+    def _next(self, connection: Connection | None) -> Job | None:
+        """The next job; `_IDLE` once the connection has been closed for want of one, or of a server."""
+        if connection is None:
+            return self._jobs.get()
+        for _ in range(int(MAX_IDLE / IDLE)):
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=IDLE)
+            if not self._server.up:
+                break
+        self._drop(connection)
+        return _IDLE
 
     def _carry_out(self, job: Job, connection: Connection | None) -> Connection | None:
         """Returns the connection if it can be used again."""

@@ -55,6 +55,9 @@ class LMConnection(Connection):
         # The kernel keeps the time. With Python's own time-outs an operation polls first and ends with each segment,
         # which takes the interpreter's lock hundreds of times a chunk from the threads that do other work.
         self._socket.settimeout(None)
+        # Closed by a reset: LMCache's server binds its port without SO_REUSEADDR, so that after it was killed no other
+        # one can be started there while its side of a connection waits for the end of it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
     def exists(self, name: str, deadline: float) -> bool:
         said = bytearray(_STATE_BYTES)
