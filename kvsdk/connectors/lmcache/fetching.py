@@ -105,6 +105,7 @@ class Chunks:
         self._chunks: dict[str, Chunk] = {}
         self._tickets: collections.OrderedDict[int, Ticket] = collections.OrderedDict()
         self._again: list[Chunk] = []  # announced and not there yet, or without memory
+        self._queue: collections.deque[tuple[Ticket, list[tuple[str, str]], int]] = collections.deque()
         self._full = False
 
     def open(self, ticket_id: int, keys: bytes, first: int, timeout: float, answer: Callable[[int], None]) -> None:
@@ -122,22 +123,51 @@ class Chunks:
             if len(self._tickets) >= MAX_TICKETS or ticket_id in self._tickets or not self._server.up:
                 answer(0)
                 return
-            new, chunks = [], []
-            for index, (name, coming) in enumerate(names, first):
-                chunk = self._chunks.get(name)
-                if chunk is None or chunk.state is _State.MISSING:
-                    chunk = self._chunks[name] = Chunk(name, coming, index)
-                    new.append(chunk)
-                chunk.references += 1
-                chunks.append(chunk)
-            ticket = Ticket(chunks, time.monotonic() + timeout, self._clock() + self._lease, answer)
+            ticket = Ticket([], time.monotonic() + timeout, self._clock() + self._lease, answer)
             self._tickets[ticket_id] = ticket
-            for chunk in chunks:
-                if chunk.state is _State.WAITING:
-                    chunk.waiting.add(ticket)
-            self._advance(ticket)
+            self._queue.append((ticket, names, first))
+        self._admit()
+
+    def _admit(self) -> None:
+        """Begin with lookups, in order, while there is host memory for all that they ask for. If each had a part of it,
+        none would get to its end.
+        """
+        new: list[Chunk] = []
+        with self._lock:
+            while self._queue:
+                ticket, names, first = self._queue[0]
+                if not ticket.answered:
+                    missing = {name for name, _ in names if self._is_missing(name)}
+                    waiting = sum(one.state is _State.WAITING for one in self._chunks.values())
+                    if self._memory.num_used + waiting + len(missing) > self._memory.limit:
+                        if not self._full:
+                            logger.info("prompts wait for host memory: all of max_local_cpu_size is in use")
+                        self._full = True
+                        break
+                    self._full = False
+                    new += self._begin_ticket(ticket, names, first)
+                self._queue.popleft()
         for chunk in new:
             self._pool.submit(_Fetch(self, chunk))
+
+    def _is_missing(self, name: str) -> bool:
+        chunk = self._chunks.get(name)
+        return chunk is None or chunk.state is _State.MISSING
+
+    def _begin_ticket(self, ticket: Ticket, names: list[tuple[str, str]], first: int) -> list[Chunk]:
+        """Returns the chunks that are to be fetched for it."""
+        new = []
+        for index, (name, coming) in enumerate(names, first):
+            if self._is_missing(name):
+                self._chunks[name] = Chunk(name, coming, index)
+                new.append(self._chunks[name])
+            chunk = self._chunks[name]
+            chunk.references += 1
+            ticket.chunks.append(chunk)
+            if chunk.state is _State.WAITING:
+                chunk.waiting.add(ticket)
+        self._advance(ticket)
+        return new
 
     def renew(self, ticket_ids: list[int]) -> None:
         """Whoever holds these tickets is alive."""
@@ -162,11 +192,12 @@ class Chunks:
             again, self._again = self._again, []
         for chunk in again:
             self._pool.submit(_Fetch(self, chunk))
+        self._admit()
         with self._lock:
             open_lookups = False
             for ticket_id, ticket in list(self._tickets.items()):
                 if not ticket.answered and now >= ticket.deadline:
-                    begun = 0.0 if ticket.ready else ticket.chunks[0].begun
+                    begun = ticket.chunks[0].begun if ticket.chunks and not ticket.ready else 0.0
                     stalled = stalled or 0.0 < begun < now - 0.5 * self._server.timeout
                     self._answer(ticket)
                 open_lookups = open_lookups or not ticket.answered
@@ -245,12 +276,9 @@ class Chunks:
         """Fetch and check one chunk. Raises what `Connection.get` does."""
         buffer = self._memory.take()
         if buffer is None:
-            self._ask_again(chunk)
-            if not self._full:
-                self._full = True
-                logger.info("prompts wait for host memory: all of max_local_cpu_size is in use")
+            self._ask_again(chunk)  # one that is not wanted any more has it, and gives it back
             return
-        self._full = ready = False
+        ready = False
         try:
             losses, deadline = self._server.losses, self._begin(chunk)
             header = bytearray(self._form.header_bytes)
