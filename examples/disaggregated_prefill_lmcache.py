@@ -52,7 +52,9 @@ def answer(role: str, model: str, num_tokens: int, max_tokens: int, load_format:
         options |= {"dtype": "float32", "block_size": 32}
     if role != "alone":
         # The server's address and the chunk size come from the environment, as LMCache's users set them.
-        options["kv_transfer_config"] = kvsdk.kv_transfer_config({"kv_connector": "LMCacheConnector", "kv_role": role})
+        # A prompt of gigabytes takes more than the second that a lookup has unless told otherwise.
+        given = {"kv_connector": "LMCacheConnector", "kv_role": role, "lookup_timeout": 30.0}
+        options["kv_transfer_config"] = kvsdk.kv_transfer_config(given)
     llm = LLM(model, **options)
     tokenizer = llm.get_tokenizer()
     shared = tokenizer.encode(SENTENCE * (num_tokens // 10))[:num_tokens]

@@ -1,18 +1,28 @@
-"""LMCacheConnector's worker half on a GPU: blocks go to a server, and come back byte for byte."""
+"""LMCacheConnector on GPUs: blocks go to a server and come back byte for byte; the example on two."""
 
+import pathlib
+import re
 import secrets
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from support.lm_server import LMServer
 from support.lm_worker import BLOCK, Worker
+from support.lmcache_servers import needs_lmcache
+
+from benchmarks.lmcache_gpu import make_llama_8b_shape
+from kvsdk.demo.models import make_llama_1b
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("no_thread_left"),
 ]
+
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples/disaggregated_prefill_lmcache.py"
 
 
 @pytest.fixture
@@ -66,3 +76,29 @@ def test_what_the_model_writes_before_a_save_is_saved(worker):
     assert worker.load(target).error is None
     for cache in worker.caches.values():
         assert bool((cache[101:109] == 3.0).all())
+
+
+@needs_lmcache
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 CUDA devices, {torch.cuda.device_count()} are here")
+@pytest.mark.timeout(1200)
+def test_the_example_with_a_model_of_the_shape_of_an_8b(tmp_path):
+    """Dummy weights prove no token; that every whole chunk came from the server is what this shows."""
+    model = make_llama_8b_shape(tmp_path / "model")
+    command = [sys.executable, str(EXAMPLE), "--model", str(model), "--load-format", "dummy", "--prompt-tokens", "4000"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = re.findall(r"^(\d+) of (\d+) prompt tokens were not computed again", ran.stdout, re.MULTILINE)
+    assert [int(cached) for cached, _ in found] == [int(total) // 256 * 256 for _, total in found]
+    assert len(found) == 2
+
+
+@needs_lmcache
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=f"needs 2 CUDA devices, {torch.cuda.device_count()} are here")
+@pytest.mark.timeout(1200)
+def test_the_example_with_a_model_whose_answers_depend_on_its_context(tmp_path):
+    model = make_llama_1b(tmp_path / "model", device="cuda:0")
+    torch.cuda.empty_cache()
+    command = [sys.executable, str(EXAMPLE), "--model", str(model), "--prompt-tokens", "4000", "--compare"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "the same tokens as without a connector" in ran.stdout
