@@ -1,22 +1,29 @@
 """LMCacheConnector's promises: chunks, faults of the server, what the model's thread spends."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+import torch
 from support.lm_server import EXIST, GET, PUT, LMServer
 
+from kvsdk.config import parse_options
+from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connectors.lmcache import LMCacheConnector
+from kvsdk.connectors.lmcache.keys import ChunkNames
 from kvsdk.errors import ConfigError
+from kvsdk.layout import layout_of
 from kvsdk.testing import Prompt, Subject, World
 from kvsdk.testing.capabilities import LMCACHE_LM
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures("no_thread_left")]
 
-CHUNK = 8  # two blocks
+BLOCK, CHUNK = 4, 8
 TESTS = pathlib.Path(__file__).parent.parent
 
 
@@ -143,6 +150,39 @@ def test_servers_that_differ_share_nothing(server, difference):
         assert load(other, Prompt(40), 0) == 0
         half_of(other, 0)._saver.drain(time.monotonic() + 5.0)
     assert len(chunks(server)) > len(before)
+
+
+def test_adapters_of_one_name_share_nothing():
+    from kvsdk.vllm.binding import _root
+
+    def root(lora):
+        return _root(types.SimpleNamespace(lora_request=lora, mm_features=None, cache_salt=None))
+
+    def adapter(name, path):
+        return types.SimpleNamespace(lora_name=name, lora_path=path)
+
+    roots = [root(None), *(root(adapter(*one)) for one in (("sql", "/v1"), ("sql", "/v2"), ("other", "/v1")))]
+    assert len(set(roots)) == 4
+    assert root(adapter("sql", "/v1")) == roots[1]
+
+
+def test_models_of_one_last_name_share_nothing_unless_model_id_says_so():
+    context = Context(
+        options=parse_options({"kv_role": "kv_both"}), engine_id="", rank=0, world_size=1, model={"id": "same"},
+        cache=CacheGeometry(BLOCK, 8, 64),
+    )  # fmt: skip
+    layout = layout_of({"0": torch.zeros(8, 2, BLOCK, 8)}, num_blocks=8, block_size=BLOCK)
+
+    def name(model_path, **options):
+        one = dataclasses.replace(
+            context, model_path=model_path, options=dataclasses.replace(context.options, **options)
+        )
+        return ChunkNames(one, layout, CHUNK).name(bytes(16))
+
+    assert name("/run1/checkpoint-500") == name("/run1/checkpoint-500")
+    assert name("/run1/checkpoint-500") != name("/run2/checkpoint-500")
+    assert name("/run1/checkpoint-500", model_id="a") == name("/run2/checkpoint-500", model_id="a")
+    assert len(name("/run1/checkpoint-500", model_id="x" * 300)) <= 150
 
 
 def test_three_servers_share_one(server):
