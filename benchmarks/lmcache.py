@@ -6,7 +6,8 @@ Chunks have 256 tokens of an 8B Llama in bfloat16, 32 MiB each. For kvsdk, stori
 the server has confirmed the last chunk: copied, digested, sent. Loading is the way from the lookup until all chunks are
 in host memory and compared with their digests, which is where a prompt is promised; `to cache` adds the copy into the
 KV cache. LMCache's client starts and ends in its own host memory and checks nothing: it is asked to put every chunk and
-then whether the last one is there, and to get every chunk. The rounds take turns. Needs the extra `lmcache`.
+then whether the last one is there, and to get every chunk. The rounds take turns. Needs the extra `lmcache`. The server
+never evicts: each round takes twice the size of its memory.
 """
 
 from __future__ import annotations
@@ -255,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
+    # As vLLM sets it for its workers on GPUs. Two threads that share a busy core with others wait for each other.
+    torch.set_num_threads(1)
     result = run(max(1, int(arguments.gib * 2**30 / CHUNK_BYTES)), arguments.rounds)
     print(report(result))
     write(arguments.out, result)
