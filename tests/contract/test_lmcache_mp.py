@@ -251,6 +251,39 @@ def test_a_server_that_is_killed_and_started_again_is_used_again(own):
         connection.close()
 
 
+def test_a_slot_that_a_late_answer_may_write_to_is_used_again_only_after_it(own):
+    with watched(own, timeout=30.0, slots=1) as server:
+        connection = server.connect()
+        assert connection.put("a", [memoryview(value())], soon())
+        session, row = server._session, server._session.values[1]
+        # The server is stopped when it has been asked to write, and not before.
+        ask = session.ask
+
+        def ask_and_freeze(operation, *arguments):
+            if operation == "retrieve":
+                own.freeze()
+            return ask(operation, *arguments)
+
+        session.ask = ask_and_freeze
+        with pytest.raises(DeadlineExceeded):
+            connection.get("a", [memoryview(bytearray(SIZE))], soon(0.5))
+        session.ask = ask
+        connection.close()
+        with pytest.raises(PeerGone):
+            session.take_slot()
+        row[:] = 0
+        own.thaw()
+        wait_until(lambda: row.any())
+        wait_until(lambda: _slot(session))
+
+
+def _slot(session):
+    try:
+        return session.take_slot()
+    except PeerGone:
+        return None
+
+
 def test_closing_is_bounded_while_the_server_is_frozen(own):
     with watched(own, timeout=30.0) as server:
         own.freeze()

@@ -201,6 +201,7 @@ class _Session:
         self._why: Exception | None = None
         self._lock, self._closed = threading.Lock(), False
         self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._parked: dict[int, Any] = {}
         self.instances: list[int] = []
         self._context = zmq.Context()
         # What LMCache's threads send must not wait for a server that is away, nor this process's end for them.
@@ -327,13 +328,22 @@ class _Session:
 
     def take_slot(self) -> int:
         """Raises PeerGone when requests that nobody waits for any more have used up all."""
+        with self._lock:
+            answered = [slot for slot, future in self._parked.items() if future.query()]
+            for slot in answered:
+                del self._parked[slot]
+                self._slots.put(slot)
         try:
             return self._slots.get_nowait()
         except queue.Empty:
             raise PeerGone(f"every slot at {self.url} is in use") from None
 
-    def give_back_slot(self, slot: int) -> None:
-        """Nothing will be written to it any more but by its next holder."""
+    def give_back_slot(self, slot: int, request: Any = None) -> None:
+        """It is another connection's from here on, or, if the server may still use it, once `request` is answered."""
+        with self._lock:
+            if request is not None:
+                self._parked[slot] = request
+                return
         self._slots.put(slot)
 
     def key(self, model: str, name: str, request: str, worker: int | None) -> Any:
@@ -361,7 +371,7 @@ class MPConnection(Connection):
 
     def __init__(self, session: _Session):
         self._session, self._slot = session, session.take_slot()
-        self._busy = False  # a request for the slot is not answered: the server may still read or write it
+        self._using: Any = None  # a request that is not answered: the server may still read or write the slot
         self._aborted = threading.Event()
 
     def exists(self, name: str, deadline: float) -> bool:
@@ -392,11 +402,10 @@ class MPConnection(Connection):
         session, request = self._session, secrets.token_hex(12)
         if not self._look_up(session.key(session.model, name, request, None), deadline):
             return False
-        self._busy = True
         key = session.key(session.model, name, request, 0)
-        future = session.ask("retrieve", key, session.instances[0], [[self._slot]], session.event, 0)
-        handle, found = self._call(future, deadline)
-        self._busy = False
+        self._using = session.ask("retrieve", key, session.instances[0], [[self._slot]], session.event, 0)
+        handle, found = self._call(self._using, deadline)
+        self._using = None
         session.ask("end_session", request)
         if not found:
             self._check_known(handle)
@@ -413,9 +422,12 @@ class MPConnection(Connection):
         for buffer in buffers:
             np.copyto(row[start : start + len(buffer)], np.frombuffer(buffer, np.uint8))
             start += len(buffer)
-        self._busy = True
-        handle, stored = self._store(session.model, session.instances[0], self._slot, name, deadline)
-        self._busy = False
+        request = secrets.token_hex(12)
+        key = session.key(session.model, name, request, 0)
+        self._using = session.ask("store", key, session.instances[0], [[self._slot]], session.event)
+        handle, stored = self._call(self._using, deadline)
+        self._using = None
+        session.ask("end_session", request)
         if not stored:
             self._check_known(handle)
             return False
@@ -427,21 +439,17 @@ class MPConnection(Connection):
             pause = min(2 * pause, 0.1)
         return True
 
-    def _store(self, model: str, instance: int, slot: int, name: str, deadline: float) -> tuple[bytes, bool]:
-        session, request = self._session, secrets.token_hex(12)
-        key = session.key(model, name, request, 0)
-        answer = self._call(session.ask("store", key, instance, [[slot]], session.event), deadline)
-        session.ask("end_session", request)
-        return answer
-
     def condemn(self, name: str, deadline: float) -> None:
         """Nothing can be done: see the module."""
 
     def announce(self, names: Sequence[str], deadline: float) -> None:
         session, bucket = self._session, int(time.time() // COMING_SECONDS)
         for name in names:
+            request = secrets.token_hex(12)
+            key = session.key(f"{session.model}-coming", f"{name} {bucket}", request, 0)
             # One row of zeros for all: that it is there is what it says.
-            self._store(f"{session.model}-coming", session.instances[1], 1, f"{name} {bucket}", deadline)
+            self._call(session.ask("store", key, session.instances[1], [[1]], session.event), deadline)
+            session.ask("end_session", request)
 
     def is_announced(self, name: str, deadline: float) -> bool:
         model, bucket = f"{self._session.model}-coming", int(time.time() // COMING_SECONDS)
@@ -462,8 +470,8 @@ class MPConnection(Connection):
 
     def close(self) -> None:
         slot, self._slot = self._slot, 0
-        if slot and not self._busy:
-            self._session.give_back_slot(slot)
+        if slot:
+            self._session.give_back_slot(slot, self._using)
 
 
 def _shared_memory(name: str, num_bytes: int, *, first_used: int) -> mmap.mmap:
