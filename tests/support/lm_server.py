@@ -1,14 +1,11 @@
 """An `lm://` server that speaks LMCache's protocol byte for byte, with faults; it shares nothing with the client under
-test.
-
-In a thread: `LMServer()`. As a process: `python lm_server.py PORT`, which prints the port that it has.
+test. It runs in threads of its own.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-import sys
 import threading
 import time
 
@@ -159,9 +156,3 @@ def _receive(connection: socket.socket, count: int) -> bytearray | None:
             return None
         data += more
     return data
-
-
-if __name__ == "__main__":
-    server = LMServer(int(sys.argv[1]))
-    print(server.port, flush=True)
-    threading.Event().wait()

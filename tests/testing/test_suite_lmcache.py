@@ -1,21 +1,21 @@
-"""LMCacheConnector over an `lm://` server passes the suite."""
+"""LMCacheConnector passes the suite over LMCache's own `lm://` server; where lmcache is missing, over one that speaks
+its protocol.
+"""
 
 import dataclasses
-import os
+import importlib.util
 import pathlib
-import subprocess
-import sys
 import time
 
 import pytest
+from support.lm_server import LMServer
+from support.lmcache_servers import LMServer as LMCacheLMServer
 
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
 from kvsdk.connectors.lmcache.lm_client import LMConnection
 from kvsdk.connectors.lmcache.saving import Saver
 from kvsdk.testing.capabilities import LMCACHE_LM as capabilities
 from kvsdk.testing.suite import *  # noqa: F403
-
-SERVERS = {"fake": [sys.executable, str(pathlib.Path(__file__).parent.parent / "support/lm_server.py"), "0"]}
 
 server_port = 0
 
@@ -67,15 +67,9 @@ class connector(LMCacheConnector):
 @pytest.fixture(scope="module", autouse=True)
 def lm_server():
     global server_port
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE")}
-    process = subprocess.Popen(SERVERS["fake"], stdout=subprocess.PIPE, text=True, env=environ)
-    try:
-        server_port = int(process.stdout.readline())
+    with LMCacheLMServer() if importlib.util.find_spec("lmcache") else LMServer() as server:
+        server_port = server.port
         yield
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def options(place):
