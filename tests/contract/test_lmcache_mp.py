@@ -17,14 +17,16 @@ from support.lm_worker import BLOCK, Worker
 from support.lmcache_servers import MPServer as RealServer
 from support.lmcache_servers import needs_lmcache
 
-from kvsdk.connectors.lmcache import mp_client
+from kvsdk.connectors.lmcache import LMCacheConnector, mp_client
 from kvsdk.connectors.lmcache.client import Job, Pool
 from kvsdk.connectors.lmcache.mp_client import MPServer
 from kvsdk.errors import ConfigError, DeadlineExceeded, PeerGone
+from kvsdk.testing import Prompt, Subject, World
+from kvsdk.testing.capabilities import LMCACHE_MP
 
 pytestmark = [needs_lmcache, pytest.mark.usefixtures("no_thread_left")]
 
-SIZE = 5000
+SIZE, CHUNK = 5000, 8
 
 
 @pytest.fixture(scope="module")
@@ -232,25 +234,6 @@ def test_a_frozen_server_is_waited_for_once_and_found_again(own):
             pool.close(soon(5.0))
 
 
-def test_a_server_that_is_killed_and_started_again_is_used_again(own):
-    with watched(own) as server:
-        connection = server.connect()
-        assert connection.put("a", [memoryview(value())], soon())
-        losses = server.losses
-        own.kill()
-        with pytest.raises(PeerGone):
-            connection.exists("a", soon())
-        connection.close()
-        wait_until(lambda: not server.up)
-        own.start()
-        wait_until(lambda: server.up)
-        assert server.losses > losses
-        connection = server.connect()
-        assert get(connection, "a") is None
-        assert connection.put("a", [memoryview(value())], soon())
-        connection.close()
-
-
 def test_a_slot_that_a_late_answer_may_write_to_is_used_again_only_after_it(own):
     with watched(own, timeout=30.0, slots=1) as server:
         connection = server.connect()
@@ -328,3 +311,67 @@ worker.save(np.arange(1, 13, dtype=np.int32), keys)
         assert worker.fetch(bytes(range(16 * 12))) == 12 * BLOCK // 8
     finally:
         worker.close()
+
+
+# ---- engines
+
+
+def world(server, **options):
+    common = {"remote_url": server.url, "chunk_size": CHUNK, "max_local_cpu_size": 0.01, "lookup_timeout": 2.0}
+    # Other tests have stored the same prompts.
+    subject = Subject(LMCacheConnector, LMCACHE_MP, options=common | {"model_id": secrets.token_hex(4)} | options)
+    return World(subject, ("kv_both", "kv_both"))
+
+
+def half_of(one, engine):
+    return one.engines[engine].workers[0].connector._half
+
+
+def ask(one, engine, prompt):
+    """Seconds, and tokens of the prompt that were not computed; the world compares every byte."""
+    began, number = time.monotonic(), one.add(engine, prompt, 2)
+    one.run(number)
+    return time.monotonic() - began, one.cached(number)
+
+
+def used(one):
+    return one.engines[1].connector._scheduler._half._client.up
+
+
+def test_a_prompt_is_computed_without_waiting_again_and_again_while_the_server_is_frozen(own):
+    with world(own) as one:
+        ask(one, 0, Prompt(40))
+        assert half_of(one, 0)._saver.drain(soon())
+        assert ask(one, 1, Prompt(40))[1] == 39
+        own.freeze()
+        seconds = []
+        for family in range(10, 15):
+            took, cached = ask(one, 1, Prompt(40, family))
+            seconds.append(took)
+            assert cached == 0
+        assert seconds[0] < 4.0
+        assert max(seconds[1:]) < 1.0, f"it was waited for again: {seconds}"
+        own.thaw()
+        wait_until(lambda: used(one))
+        one.engines[1].reset()
+        assert ask(one, 1, Prompt(40))[1] == 39
+
+
+def test_a_server_that_is_killed_and_started_again_gives_hits_within_ten_seconds(own):
+    with world(own) as one:
+        ask(one, 0, Prompt(40))
+        assert half_of(one, 0)._saver.drain(soon())
+        own.kill()
+        took, cached = ask(one, 1, Prompt(40))
+        assert cached == 0
+        assert took < 4.0
+        own.start()
+        began, family = time.monotonic(), 20
+        while True:
+            family += 1
+            ask(one, 0, Prompt(40, family))
+            half_of(one, 0)._saver.drain(soon())
+            if ask(one, 1, Prompt(40, family))[1] == 39:
+                break
+            assert time.monotonic() - began < 10.0, "no hit within 10 s"
+            time.sleep(0.1)
