@@ -78,6 +78,7 @@ def options(place):
         "remote_url": f"lm://127.0.0.1:{server_port}",
         "chunk_size": 4,
         "max_local_cpu_size": 0.01,
+        "lookup_timeout": 5.0,  # a server beside other tests has to wait for its turn
         "model_id": pathlib.Path(place.folder).name,
     }
 
