@@ -284,13 +284,15 @@ class ProducerScheduler(SchedulerHalf):
 
         Returns:
             The id of a hold, to which the prompt's blocks are added from now on (`ProducerWorker.grew`); `None` (the
-            default) for not before the end. `finished` answers a `Keep` with the same id if the hold is to stand, and
-            when the prompt is not completed `broken_off` comes instead.
+            default) for not before the end. `finished` answers a `Keep` with the same id if the hold is to stand; if
+            it does not, or the prompt is not completed, `broken_off` comes.
         """
         return None
 
     def broken_off(self, request: RequestView, hold_id: str) -> None:
-        """An announced prompt will not be completed: it was aborted, or vLLM needs its blocks. The hold ends now."""
+        """An announced prompt will not be completed: it was aborted, or vLLM needs its blocks, or `finished` did not
+        keep it. The hold ends now. Does not come for a hold that was given back before.
+        """
 
     def give_up(self, num_blocks: int) -> None:
         """vLLM needs `num_blocks` blocks now: give back holds that nobody reads, the oldest first."""

@@ -173,6 +173,10 @@ class _Ledger:
         self._pool.give_back(block_ids[::-1])
         return True
 
+    def holds_others(self, hold_id: str, tables: Sequence[Sequence[int]]) -> bool:
+        """Whether a hold has blocks that are not in these tables."""
+        return not np.isin(self._holds[hold_id], np.concatenate([np.zeros(0, np.int32), *tables])).all()
+
     def __contains__(self, hold_id: str) -> bool:
         return hold_id in self._holds
 
@@ -397,8 +401,7 @@ class SchedulerLifecycle:
                 self._grow(tracked, kept, view.num_prompt_blocks)
                 del self._growing[tracked.hold_id]
                 return dict(keep.params) if keep.params is not None else None
-            self._holds.give_back(tracked.hold_id)
-            self._carry_out_ends()
+            self._break_off(tracked)
         if keep is None:
             return None
         if keep.hold_id in self._ledger:
@@ -453,7 +456,7 @@ class SchedulerLifecycle:
             tracked.grown = num_blocks
 
     def _break_off(self, tracked: _Tracked) -> None:
-        """An announced prompt will not be completed."""
+        """An announced prompt will not be completed, or not be kept under the name that it was announced by."""
         if tracked.hold_id is not None and self._producer is not None:
             self._ask(self._producer.broken_off, tracked.view, tracked.hold_id)
             self._holds.give_back(tracked.hold_id)
@@ -582,15 +585,16 @@ class SchedulerLifecycle:
             self._ask(self._producer.give_up, missing)
             self._carry_out_ends()
             given_up = self._ledger.num_holds < before
-            if not given_up and (waiting := self._preempted_and_held()) is not None:
-                # It waits for blocks that it holds itself, or that others in its place hold.
-                self._break_off(waiting)
+            if not given_up and (one := self._holds_what_it_does_not_use()) is not None:
+                self._break_off(one)
                 given_up = True
 
-    def _preempted_and_held(self) -> _Tracked | None:
-        """The last request that vLLM has preempted and whose announced prompt holds blocks."""
+    def _holds_what_it_does_not_use(self) -> _Tracked | None:
+        """The last request whose announced prompt holds blocks that the request itself does not have: vLLM preempted
+        it, and it waits, perhaps for just these, or has got others since."""
+        assert self._ledger is not None
         for tracked in reversed(self._requests.values()):
-            if tracked.hold_id is not None and not tracked.running and tracked.grown:
+            if tracked.hold_id is not None and self._ledger.holds_others(tracked.hold_id, tracked.table):
                 return tracked
         return None
 

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from kvsdk.buffer import BufferFull, Claim, LookupBuffer, Pending, PendingType, PrefixKeys, RemoteClaim
+from kvsdk.buffer import BufferFull, Claim, LookupBuffer, Pending, PendingType, PrefixKeys, RemoteClaim, UnheardType
 from kvsdk.buffer.client import BufferClient
 from kvsdk.buffer.lookup import Offer
 from kvsdk.connector import (
@@ -463,7 +463,7 @@ class FaultyClient:
             lambda: self._client.find_by_id(ticket, address, transfer_id, keys, min_tokens),
         )
 
-    def poll(self, ticket: str) -> PendingType | RemoteClaim | None:
+    def poll(self, ticket: str) -> PendingType | RemoteClaim | UnheardType | None:
         with self._lock:
             if self._clock() < self._pending_until.get(ticket, -math.inf):
                 return Pending
@@ -475,7 +475,7 @@ class FaultyClient:
             if answer is Pending:
                 return Pending
             block_size, min_tokens = self._sizes.get(ticket, (0, 0))
-            if answer is not None:
+            if isinstance(answer, RemoteClaim):
                 fault = self._faults.draw("late", "truncate", "corrupt", "death")
                 if fault == "late":
                     self._answers[ticket] = answer
@@ -555,8 +555,8 @@ class _FaultyHalf:
 
 
 class _FaultyScheduler(_FaultyHalf):
-    """`find`: `delay`, `drop`, `out_of_memory`. `granted`: `out_of_memory`. `finished` and `save_from`: `drop`,
-    `out_of_memory`.
+    """`find`: `delay`, `drop`, `out_of_memory`. `granted`: `out_of_memory`. `finished`, `announced` and `save_from`:
+    `drop`, `out_of_memory`.
     """
 
     def __init__(self, context: Any):
@@ -597,6 +597,9 @@ class _FaultyScheduler(_FaultyHalf):
     def finished(self, request: RequestView, blocks: BlockIds) -> Keep | None:
         return None if self.__dropped() else super().finished(request, blocks)
 
+    def announced(self, request: RequestView) -> str | None:
+        return None if self.__dropped() else super().announced(request)
+
     def save_from(self, request: RequestView) -> int | None:
         return None if self.__dropped() else super().save_from(request)
 
@@ -609,7 +612,7 @@ class _FaultyScheduler(_FaultyHalf):
 
 class _FaultyWorker(_FaultyHalf):
     """`load`: `drop` (it never begins), `late` (its end is told late), `truncate` (the last block did not arrive),
-    `out_of_memory`. `save`: the same but for `truncate`. `kept`: `drop`.
+    `out_of_memory`. `save`: the same but for `truncate`. `kept` and the first `grew` of a hold: `drop`.
     """
 
     def __init__(self, context: Any):
@@ -653,6 +656,12 @@ class _FaultyWorker(_FaultyHalf):
             self.__unheard.add(hold_id)
         else:
             super().kept(hold_id, blocks)
+
+    def grew(self, hold_id: str, first_block: int, blocks: BlockIds, num_blocks: int, fence: Any) -> None:
+        if first_block == 0 and self.fault_source.draw("drop"):
+            self.__unheard.add(hold_id)
+        if hold_id not in self.__unheard:
+            super().grew(hold_id, first_block, blocks, num_blocks, fence)
 
     def let_go(self, hold_id: str) -> None:
         if hold_id in self.__unheard:

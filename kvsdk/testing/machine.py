@@ -40,8 +40,11 @@ class ConnectorMachine(RuleBasedStateMachine):
         asynchronous=st.booleans(),
         runner=st.sampled_from([1, 2]),
         ranks=st.sampled_from([1, 1, 1, 2]),
+        prefix_caching=st.sampled_from([True, True, True, False]),
     )
-    def start(self, third: bool, num_blocks: int, asynchronous: bool, runner: int, ranks: int) -> None:
+    def start(
+        self, third: bool, num_blocks: int, asynchronous: bool, runner: int, ranks: int, prefix_caching: bool
+    ) -> None:
         can = self.subject.capabilities
         roles = HANDOVER if can.keeps else BOTH
         if third and can.dynamic_peers:
@@ -49,6 +52,8 @@ class ConnectorMachine(RuleBasedStateMachine):
         engine: dict[str, Any] = {"num_blocks": num_blocks, "async_scheduling": asynchronous, "model_runner": runner}
         if ranks > 1 and can.tensor_parallel:
             engine["world_size"] = ranks
+        if not prefix_caching:
+            engine["prefix_caching"] = False
         self.world = World(self.subject, roles, **engine)
         self.world.deliver_at_once = not self.subject.by_hand
 

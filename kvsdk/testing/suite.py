@@ -725,7 +725,14 @@ class BaseEarlyAnnouncement:
     @pytest.mark.parametrize("runner", [1, 2])
     @pytest.mark.parametrize("in_flight", [1, 2])
     def test_pools_so_small_that_vllm_preempts(self, subject: Subject, seed: int, in_flight: int, runner: int) -> None:
-        with self.world(subject, num_blocks=18, async_scheduling=in_flight == 2, model_runner=runner) as world:
+        self.small(subject, seed, async_scheduling=in_flight == 2, model_runner=runner)
+
+    @needs("early_announcement")
+    def test_a_preempted_prompt_is_computed_in_other_blocks(self, subject: Subject, seed: int) -> None:
+        self.small(subject, seed, async_scheduling=True, prefix_caching=False)
+
+    def small(self, subject: Subject, seed: int, **engine: Any) -> None:
+        with self.world(subject, num_blocks=18, **engine) as world:
             for batch in (prompts(seed, 5), prompts(seed + 1, 5)):
                 sent = [
                     world.announce(0, 1, prompt, 12, prefill_tokens=1 if i % 2 else 10)

@@ -123,6 +123,90 @@ def test_a_hold_that_begins_and_ends_within_a_step_ends_at_the_worker(lifecycle)
     assert not lifecycle._pool.references.any()
 
 
+class Announces(KeepsAll):
+    """Everything, under the name in the parameters; gives nothing up."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        self.broken = []
+
+    def announced(self, request):
+        return request.kv_transfer_params["name"]
+
+    def broken_off(self, request, hold_id):
+        self.broken.append((request.id, hold_id))
+
+
+@pytest.fixture
+def announcing(lifecycle):
+    half = Announces(lifecycle._context)
+    one = SchedulerLifecycle(
+        half, lifecycle._context, consumer=False, producer=True, find_timeout=1.0, load_timeout=1.0
+    )
+    one.bind_pool(Pool(32))
+    return one, half
+
+
+def arrive(lifecycle, request_id, num_tokens, name):
+    tokens = np.arange(num_tokens, dtype=np.int32)
+    view = RequestView(request_id, tokens, block_size=BS, kv_transfer_params={"name": name})
+    lifecycle.add(view, num_tokens=lambda: num_tokens, loadable=True)
+
+
+def test_an_announced_hold_that_has_ended_does_not_grow_into_another_of_its_name(announcing):
+    """A proxy may announce a transfer id again while the first prompt is still computed, for nobody by then."""
+    lifecycle, half = announcing
+    arrive(lifecycle, "a", 64, "same")
+    grown = lifecycle.step([ScheduledRequest("a", ([1, 2],), True, 0, 32)], ()).grown
+    assert [(one.first_block, one.blocks[0].tolist(), one.num_blocks) for one in grown] == [(0, [1, 2], 4)]
+    lifecycle._holds.give_back("same")
+    lifecycle.reported((), set(), {})
+    arrive(lifecycle, "b", 64, "same")
+    both = [ScheduledRequest("b", ([5, 6],), True, 0, 32), ScheduledRequest("a", ([3, 4],), False, 32, 32)]
+    orders = lifecycle.step(both, ())
+    assert orders.holds == [("same", None)]
+    assert [one.blocks[0].tolist() for one in orders.grown] == [[5, 6]]
+    lifecycle.finished("a", ([1, 2, 3, 4],), well=False)
+    assert not half.broken, "what b announced was broken off for a"
+    lifecycle.finished("b", ([5, 6],), well=False)
+    assert half.broken == [("b", "same")] and not lifecycle._pool.references.any()
+
+
+def test_a_prompt_does_not_wait_for_blocks_that_its_own_hold_has(announcing):
+    """Without a prefix cache, a preempted prompt is computed in other blocks than those that are held of it. While it
+    runs it counts as one that needs its blocks; but not these."""
+    lifecycle, half = announcing
+    pool = lifecycle._pool
+    arrive(lifecycle, "a", 64, "a")
+    lifecycle.step([ScheduledRequest("a", ([1, 2, 3, 4],), True, 0, 64)], ())
+    pool.references[9:] = pool.references[0] = 1  # others have these
+    lifecycle.step((), ["a"])
+    assert pool.num_free() == 4 and not half.broken, "there was room: the hold may stay"
+    pool.references[5:9] += 1
+    lifecycle.step([ScheduledRequest("a", ([5, 6, 7, 8],), True, 0, 64)], ())
+    assert half.broken == [("a", "a")]
+    assert pool.num_free() == 4
+
+
+def test_a_hold_of_a_prompts_own_blocks_is_no_room_for_it(announcing):
+    lifecycle, half = announcing
+    pool = lifecycle._pool
+    arrive(lifecycle, "a", 64, "a")
+    pool.references[:] = 1
+    pool.references[1:5] = 0
+    lifecycle.step([ScheduledRequest("a", ([1, 2, 3, 4],), True, 0, 64)], ())
+    assert not half.broken and pool.num_free() == 0
+
+
+def test_what_finished_does_not_keep_under_its_name_is_broken_off(announcing):
+    lifecycle, half = announcing
+    half.finished = lambda request, blocks: None
+    arrive(lifecycle, "a", 32, "a")
+    lifecycle.step([ScheduledRequest("a", ([1, 2],), True, 0, 32)], ())
+    assert lifecycle.finished("a", ([1, 2],), well=True) is None
+    assert half.broken == [("a", "a")] and not lifecycle._pool.references.any()
+
+
 def test_blocks_that_left_a_sliding_window_are_not_kept(lifecycle):
     """Their places in the block table hold vLLM's null block."""
     assert finish(lifecycle, "a", [0, 0, 3]) is None

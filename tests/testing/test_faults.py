@@ -21,6 +21,7 @@ from kvsdk.kernels import BlockStore
 from kvsdk.pipe import in_process_pair
 from kvsdk.testing.contracts import check_lookup_buffer, check_pipe
 from kvsdk.testing.faults import FAULTS, FaultPlan, FaultyBuffer, FaultyClient, FaultyPipe, with_faults
+from kvsdk.transfer_params import announce_params
 
 SOON, LONG = 0.05, 20.0
 
@@ -483,17 +484,20 @@ def test_a_connector_of_an_authors_own_answers_rightly_under_faults(engine):
 def test_pynccl_answers_rightly_under_every_fault_and_comes_to_rest(engine):
     plan = {"seed": 4, "max_delay": 0.005, **dict.fromkeys(FAULTS, 0.05)}
     port = free_port()
-    extra = {"kv_port": port, "lease": 1.0, "load_timeout": 0.3, "lookup_timeout": 0.5, "faults": plan}
+    extra = {"kv_port": port, "lease": 1.0, "load_timeout": 0.3, "lookup_timeout": 0.5, "announce_wait": 0.3}
+    extra["faults"] = plan
     extra["staging_bytes"] = 4096  # four blocks, so that most loads are several tensors
     connector = "kvsdk.testing.faults:FaultyPyNcclConnector"
     p = engine(connector, "kv_producer", extra)
     d = engine(connector, "kv_consumer", extra)
     assert d.connector._scheduler._half._client.wait_ready(5.0)
     prompts = {f"r{i}": prompt(10 + 7 * i % 90, i) for i in range(60)}
-    for name, tokens in prompts.items():
-        p.add(name, tokens, max_tokens=1)
-        run_all(p, d, until=lambda name=name: name in p.finish_reasons, seconds=20)
-        d.add(name, tokens, max_tokens=4)
+    for i, (name, tokens) in enumerate(prompts.items()):
+        early = announce_params(f"transfer-{name}", "127.0.0.1", port) if i % 3 == 0 else (None, None)
+        p.add(name, tokens, max_tokens=1, params=early[0])
+        if early[0] is None:
+            run_all(p, d, until=lambda name=name: name in p.finish_reasons, seconds=20)
+        d.add(name, tokens, max_tokens=4, params=early[1])
         run_all(p, d, until=lambda name=name: name in d.finish_reasons, seconds=20)
         assert d.outputs[name] == d.expected(tokens, 4)
     at_rest(p, d)
