@@ -278,6 +278,8 @@ class ShmPipe(Pipe):
             raise self._fail(ProtocolError(f"the peer sent {got!r}, not {wanted!r}"))
 
     def _write(self, lane: _Lane, data: bytes, deadline: float) -> None:
+        if not data:
+            return  # even a write of nothing fails once the peer, which has all that it waited for, has closed
         with self._typed_errors(deadline):
             _limit(lane.socket, deadline)
             lane.socket.sendall(data)
