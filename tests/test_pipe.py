@@ -473,6 +473,24 @@ def test_a_row_is_filled_while_it_is_drained(threads, kind):
 # Shared memory
 
 
+def test_a_sender_that_closes_as_soon_as_it_may_is_not_missed(threads, monkeypatch):
+    """The last slot's word is on its way before the receiver has nothing more to say."""
+    a, b = make_pair("shm")
+    finish = shm_pipe.Draining.finish
+    monkeypatch.setattr(shm_pipe.Draining, "finish", lambda self: (time.sleep(0.2), finish(self))[1])
+
+    def send_and_close():
+        a.send(torch.arange(8, dtype=torch.uint8), within(LONG))
+        a.close(within(LONG))
+
+    done = threads.submit(send_and_close)
+    got = torch.zeros(8, dtype=torch.uint8)
+    b.recv(got, within(LONG))
+    done.result()
+    assert got.tolist() == list(range(8))
+    b.close(within(LONG))
+
+
 def test_both_ends_hold_the_same_memory_and_it_has_no_name(threads):
     before = in_dev_shm()
     a, b = make_pair("shm")
