@@ -54,6 +54,9 @@ class ConnectorMachine(RuleBasedStateMachine):
             engine["world_size"] = ranks
         if not prefix_caching:
             engine["prefix_caching"] = False
+        if can.early_announcement and self.subject.ours and not self.subject.by_hand:
+            # A load may wait for a prompt that is computed only once another one's blocks are back; in real time.
+            engine["options"] = {"load_timeout": 5.0}
         self.world = World(self.subject, roles, **engine)
         self.world.deliver_at_once = not self.subject.by_hand
 
