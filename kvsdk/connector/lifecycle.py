@@ -122,6 +122,7 @@ class _Tracked:
     hit: Hit | None = None
     num_local: int = 0  # tokens that vLLM had itself when it was told of the hit
     find_deadline: float | None = None
+    found_at: float | None = None
     load: LoadOrder | None = None
     aborted: bool = False
     asked: int = 0  # times in a row that vLLM asked without allocating
@@ -320,6 +321,13 @@ class SchedulerLifecycle:
                 view.num_prompt_tokens,
                 block_size,
             )
+            return self._decline(tracked)
+        if tracked.found_at is None:
+            tracked.found_at = now
+        # It may wait for blocks that are held for a request of another server, which waits for those that this one's
+        # hit keeps held there: neither server would ever go on.
+        if self.has_holds and now >= tracked.found_at + self._load_timeout:
+            logger.warning("request %s: no room for its blocks beside those held for others; computed here", view.id)
             return self._decline(tracked)
         tracked.stage, tracked.hit, tracked.num_local = _Stage.FOUND, hit, num_local
         return hit.num_tokens - num_local

@@ -641,6 +641,30 @@ def test_two_servers_load_from_each_other_at_the_same_time(engine):
     at_rest(*servers)
 
 
+def test_two_servers_that_hold_what_the_other_one_waits_for_go_on_without_it(engine):
+    """Each pool is full of an offer that a request of the other server has claimed, and has no room for that request."""
+    ports = [free_port(), free_port()]
+    servers = [
+        engine(
+            "PyNcclConnector",
+            role="kv_both",
+            extra={"kv_port": port, "producers": [f"127.0.0.1:{other}"], "load_timeout": 1.0},
+            num_blocks=16,
+        )
+        for port, other in (ports, ports[::-1])
+    ]
+    assert all(client(server).wait_ready(5.0) for server in servers)
+    for i, server in enumerate(servers):
+        prefill(server, f"offer-{i}", prompt(190, i))
+    for i, server in enumerate(servers):
+        server.add(f"wait-{i}", prompt(190, 1 - i), max_tokens=4)
+    run_all(*servers, until=lambda: all(f"wait-{i}" in server.finish_reasons for i, server in enumerate(servers)))
+    for i, server in enumerate(servers):
+        assert server.outputs[f"wait-{i}"] == server.expected(prompt(190, 1 - i), 4)
+        buffer(server).evict_all_unclaimed()
+    at_rest(*servers)
+
+
 def test_a_read_of_more_blocks_than_the_offer_has_is_an_error(pair):
     p, d = pair()
     prefill(p, "a", prompt(100))
