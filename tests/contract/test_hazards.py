@@ -642,7 +642,7 @@ def test_two_servers_load_from_each_other_at_the_same_time(engine):
 
 
 def test_two_servers_that_hold_what_the_other_one_waits_for_go_on_without_it(engine):
-    """Each pool is full of an offer that a request of the other server has claimed, and has no room for that request."""
+    """Each pool is full of an offer that a request of the other server has claimed, and has no room for its own."""
     ports = [free_port(), free_port()]
     servers = [
         engine(
