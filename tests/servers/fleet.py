@@ -73,8 +73,8 @@ class Fleet:
         self.servers.append(server)
         return server
 
-    def proxy(self, mode: str, prefill: Server, decode: Server, port: int, *, kv_port: int) -> Server:
-        """Start `kvsdk proxy` in `mode` on `port`; `kv_port` is the prefill server's."""
+    def proxy(self, mode: str, prefill: Server, decode: Server, port: int, *, kv_port: int | None = None) -> Server:
+        """Start `kvsdk proxy` in `mode` on `port`; `kv_port` is the prefill server's, for the mode `early`."""
         command = [sys.executable, "-m", "kvsdk.cli", "proxy", "--host", HOST, "--port", str(port), "--mode", mode]
         command += ["--prefill", prefill.url, "--decode", decode.url]
         if mode == "early":
