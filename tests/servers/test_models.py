@@ -10,8 +10,8 @@ from kvsdk.demo.servers import Server, free_port
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(400)]
 
 # vLLM's ranks on CPUs spin while they wait for each other. Four of them on two cores now and then leave a connector's
-# threads without a core for longer than any deadline allows. Without servers, two ranks are tested in tests/contract and
-# by the suite.
+# threads without a core for longer than any deadline allows. Without servers, two ranks are tested in tests/contract
+# and by the suite.
 four_ranks = pytest.mark.slow
 
 MLA_BLOCK = 16
