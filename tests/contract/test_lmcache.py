@@ -594,9 +594,10 @@ def test_the_models_thread_spends_less_than_half_a_millisecond_on_a_save(server)
         save, seconds = half.save, []
 
         def timed(task):
-            began = time.perf_counter()
+            # The thread's own time: on a busy machine others take its core in between.
+            began = time.thread_time()
             save(task)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.thread_time() - began)
 
         half.save = timed
         for family in range(1, 5):

@@ -225,7 +225,7 @@ def test_a_frozen_server_is_waited_for_once_and_found_again(own):
             began = time.monotonic()
             for _ in range(10):
                 assert isinstance(ask().answer(), PeerGone)
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 1.5
             own.thaw()
             wait_until(lambda: server.up)
             assert ask().answer() is False
