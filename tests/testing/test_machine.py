@@ -10,7 +10,6 @@ from kvsdk.testing import Capabilities, Network, Prompt, Subject, World, capabil
 from kvsdk.testing.capabilities import DECLARED, IN_PROCESS_HANDOVER, IN_PROCESS_STORE
 from kvsdk.testing.in_process import HandOverConnector, StoreConnector
 
-
 HAND_OVER = Subject(HandOverConnector, IN_PROCESS_HANDOVER)
 STORE = Subject(StoreConnector, IN_PROCESS_STORE)
 
