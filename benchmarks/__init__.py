@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "cpu": ", ".join(sorted(models)) or platform.processor() or platform.machine(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("vllm", "torch", "pyzmq", "kvsdk")},
+        **{name: version(name) for name in ("vllm", "torch", "pyzmq", "kvsdk")},
     }
 
 
@@ -33,7 +33,8 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """What is installed of a package; None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

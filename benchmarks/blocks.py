@@ -1,4 +1,4 @@
-"""How fast scattered blocks move from one GPU to another: `python -m benchmarks.blocks --json FILE --plot FILE`.
+"""How fast scattered blocks move from one GPU to another: `python -m benchmarks.blocks --json FILE`.
 
 Two processes with one GPU each, as servers are, hold an 8B-shaped cache: 32 layers, each a tensor of its own. In every
 round each way of moving the same blocks has its turn:
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import table, write
+from benchmarks import table, version, write
 
 LAYERS, BLOCK_SIZE = 32, 16
 MIB = 2**20
@@ -101,7 +100,7 @@ class End:
     def about(self) -> dict[str, Any]:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if self.device.type == "cuda" else None
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        return {"device": name, "torch": torch.__version__, "nccl": nccl, "nixl": _version("nixl-cu13")}
+        return {"device": name, "torch": torch.__version__, "nccl": nccl, "nixl": version("nixl-cu13")}
 
     # ---- ceilings
 
@@ -478,13 +477,6 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
         if "NIXL" in median:
             found[f"{name} / NIXL"] = median["NIXL"] / median[name]
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def show(results: Sequence[dict[str, Any]]) -> str:

@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from benchmarks import write
@@ -67,7 +66,7 @@ from benchmarks.legs import (
     read_counters,
 )
 from kvsdk.config import PIPES, transfer_config
-from kvsdk.demo.run import Interrupted
+from kvsdk.demo.run import Interrupted, Signals
 from kvsdk.demo.servers import HOST, Server, ServerFailed, free_port, vllm_server
 from kvsdk.errors import DeadlineExceeded, KVError
 from kvsdk.transfer_params import prefill_params
@@ -183,42 +182,6 @@ def mixed_requests(
 
 
 # ---- the run
-
-
-class Signals:
-    """While entered, SIGINT and SIGTERM raise `Interrupted` in the main thread, though not inside `held()`, and no more
-    once `finishing` is set."""
-
-    def __init__(self) -> None:
-        self.finishing = False
-        self._depth = 0
-        self._pending: int | None = None
-
-    def __enter__(self) -> Signals:
-        self._previous = {n: signal.signal(n, self._arrived) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep signals until the end of the outermost block."""
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-        self._raise()
-
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        self._pending = number
-        self._raise()
-
-    def _raise(self) -> None:
-        if self._pending is not None and not self._depth and not self.finishing:
-            raise Interrupted(self._pending)
 
 
 class Run:

@@ -41,14 +41,16 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise `Interrupted` in the main thread, though not inside `held()`.
+    """While entered, SIGINT and SIGTERM raise `Interrupted` in the main thread, though not inside `held()`, and no more
+    once `finishing` is set.
 
     Otherwise one that arrives just after a server was started, or while servers are being stopped, would leave that
     server running.
     """
 
     def __init__(self) -> None:
-        self._held = False
+        self.finishing = False
+        self._depth = 0
         self._pending: int | None = None
 
     def __enter__(self) -> Signals:
@@ -61,19 +63,21 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep signals until the end of the block."""
-        self._held = True
+        """Keep signals until the end of the outermost block."""
+        self._depth += 1
         try:
             yield
         finally:
-            self._held = False
-        if self._pending is not None:
-            raise Interrupted(self._pending)
+            self._depth -= 1
+        self._raise()
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self._pending = number
-        if not self._held:
-            raise Interrupted(number)
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._pending is not None and not self._depth and not self.finishing:
+            raise Interrupted(self._pending)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,22 @@ def prompts(seed: int, count: int, longest: int = 40) -> list[Prompt]:
     ]
 
 
+def _deliveries(world: World, fault: str, which: int) -> Callable[[], None]:
+    """Delivers the next two messages at each call; `fault` happens to the `which`-th of all."""
+    seen = 0
+
+    def deliver_two() -> None:
+        nonlocal seen
+        for _ in range(2):
+            if world.network.pending:
+                if seen == which:
+                    world.message(fault)
+                seen += 1
+                world.message("deliver")
+
+    return deliver_two
+
+
 @required
 class BaseAnswers:
     """Whatever is loaded, the answers are those of one server alone, and nothing is left behind."""
@@ -428,18 +444,12 @@ class BaseFailures:
         with World(subject) as world:
             world.deliver_at_once = False
             prompt = Prompt(30, family=1 + seed % 9)
-            seen = 0
+            deliver_two = _deliveries(world, fault, which)
 
             def pump(number: int) -> None:
-                nonlocal seen
                 for _ in range(12):
                     world.step(world.sent[number].engine)
-                    for _ in range(2):
-                        if world.network.pending:
-                            if seen == which:
-                                world.message(fault)
-                            seen += 1
-                            world.message("deliver")
+                    deliver_two()
 
             first = world.add(0, prompt)
             pump(first)
@@ -829,17 +839,12 @@ class BaseEarlyAnnouncement:
             with self.world(subject) as world:
                 world.deliver_at_once = False
                 world.announce(0, 1, Prompt(80, family=1 + seed % 9), 4)
-                seen = 0
+                deliver_two = _deliveries(world, fault, which)
                 for _ in range(14):
                     world.step(0)
                     world.step(1)
                     world.advance(STEP_SECONDS)
-                    for _ in range(2):
-                        if world.network.pending:
-                            if seen == which:
-                                world.message(fault)
-                            seen += 1
-                            world.message("deliver")
+                    deliver_two()
                 world.deliver_at_once = True
 
     def soon(self, world: World, number: int) -> None:
