@@ -52,10 +52,14 @@ class Violation(AssertionError):
 
 @dataclasses.dataclass
 class _Grant:
-    """Blocks that a connector may write for one request, on one rank."""
+    """Blocks that a connector may write for one request, on one rank; and which of them it has written."""
 
     blocks: np.ndarray
     synchronous: bool
+    written: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.written = np.zeros(len(self.blocks), bool)
 
 
 class Audit:
@@ -64,7 +68,7 @@ class Audit:
     Attributes:
         loading: ids of requests whose asynchronous load is under way.
         answers: tokens that the connector said could be loaded, each time it was asked, by request id.
-        written: blocks that the connector changed for loads so far, over all ranks.
+        written: blocks that the connector changed for loads so far, over all ranks; a block counts once a load.
     """
 
     def __init__(self, engine: Engine):
@@ -186,7 +190,11 @@ class Audit:
                 f"rank {worker.rank}: the connector wrote block {wrong[0]}, which no open load was granted: "
                 f"{self._owner(int(wrong[0]))}"
             )
-        self.written += int(np.count_nonzero(changed))
+        for grant in grants.values():
+            # A pipe that is caught while it writes a block changes the block again afterwards: it is one block all the same.
+            new = changed[grant.blocks] & ~grant.written
+            grant.written |= new
+            self.written += int(np.count_nonzero(new))
         self.accept(worker, np.flatnonzero(changed).tolist())
 
     def _owner(self, block_id: int) -> str:
