@@ -721,7 +721,9 @@ class BaseEarlyAnnouncement:
             world.run(first, second)
             check_loaded(world, second, prompt.length)
             moved = world.engines[1].written - before
-            assert moved <= -(-prompt.length // BLOCK) - (0 if side == "producer" else shared // BLOCK), f"{moved} blocks moved"
+            assert moved <= -(-prompt.length // BLOCK) - (0 if side == "producer" else shared // BLOCK), (
+                f"{moved} blocks moved"
+            )
 
     @needs("early_announcement", "tensor_parallel")
     def test_two_ranks(self, subject: Subject, seed: int) -> None:
