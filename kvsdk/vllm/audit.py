@@ -191,7 +191,7 @@ class Audit:
                 f"{self._owner(int(wrong[0]))}"
             )
         for grant in grants.values():
-            # A pipe that is caught while it writes a block changes the block again afterwards: it is one block all the same.
+            # A pipe that is caught while it writes a block changes it again afterwards: it is one block all the same.
             new = changed[grant.blocks] & ~grant.written
             grant.written |= new
             self.written += int(np.count_nonzero(new))
