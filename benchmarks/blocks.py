@@ -1,4 +1,4 @@
-"""How fast scattered blocks move from one GPU to another: `python -m benchmarks.blocks --json FILE`.
+"""How fast scattered blocks move from one GPU to another: `python -m benchmarks.blocks --json FILE --svg FILE`.
 
 Two processes with one GPU each, as servers are, hold an 8B-shaped cache: 32 layers, each a tensor of its own. In every
 round each way of moving the same blocks has its turn:
@@ -11,6 +11,9 @@ round each way of moving the same blocks has its turn:
 
 Blocks lie next to each other, in random order, or as a block pool scatters them that has served 600 mixed requests.
 GB/s are 1e9 bytes of payload a second; medians of all rounds after two that do not count.
+
+`--sweep max_sms=16,32,64` gives an option several values, each of them a way of its own in every round: this is how
+defaults were chosen.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ import numpy as np
 import torch
 
 from benchmarks import table, version, write
+from benchmarks.plots import lines, save
 
 LAYERS, BLOCK_SIZE = 32, 16
 MIB = 2**20
@@ -50,10 +54,15 @@ CONFIGS = (
     (64, 1024, "aged"),
     (64, 4096, "aged"),
     (64, 128, "aged"),
-    (128, 1024, "random"),
+    (256, 1024, "random"),
     (2048, 1024, "random"),
     (4, 256, "random"),
     (64, 16, "random"),
+    (64, 512, "random"),
+    (16, 1024, "contiguous"),
+    (256, 1024, "contiguous"),
+    (16, 1024, "aged"),
+    (256, 1024, "aged"),
 )
 POOL_MIB = 8192
 WARM_UP = 2
@@ -381,14 +390,19 @@ class Bench:
         self.producer = Process("producer", gpus and gpus[0], End, "cuda:0" if gpus else "cpu")
         self.consumer = Process("consumer", gpus and gpus[1], End, "cuda:0" if gpus else "cpu")
         both = ["cuda:0", "cuda:1"] if gpus else ["cpu", "cpu"]
-        self.copier = Process("copier", gpus and ",".join(gpus), PeerCopy, both)
-        self.kinds = ["peer", "nccl"] if gpus else ["gloo"]
+        self.one = gpus is not None and gpus[0] == gpus[1]  # NCCL refuses a device twice
+        if self.one:
+            both = ["cuda:0", "cuda:0"]
+        self.copier = Process("copier", gpus and ",".join(dict.fromkeys(gpus)), PeerCopy, both)
+        self.kinds = ["gloo"] if not gpus else ["peer"] if self.one else ["peer", "nccl"]
         self.results: list[dict[str, Any]] = []
         self.about: dict[str, Any] = {}
 
     def __enter__(self) -> Bench:
         self.about = self.producer("about")
         self.consumer("about")
+        if self.one:
+            return self
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -414,10 +428,11 @@ class Bench:
             "peer copy": lambda: self.copier("copy", moved),
             "raw NCCL": lambda: together(self.producer, self.consumer, "raw", (moved, moved))[1],
         }
+        if self.one:
+            del ways["raw NCCL"]
         for pipe in self.kinds:
-            for verify in (True, False):
-                name = pipe if verify else f"{pipe}, no digests"
-                ways[name] = self._pair(name, theirs, ours, pipe=pipe, verify=verify, **args.options)
+            for name, options in self._variants(pipe):
+                ways[name] = self._pair(name, theirs, ours, pipe=pipe, **options)
         if args.nixl:
             ways["NIXL"] = self._nixl(pool, theirs, ours)
         samples: dict[str, list[float]] = {name: [] for name in ways}
@@ -449,6 +464,16 @@ class Bench:
         self.results.append(result)
         return result
 
+    def _variants(self, pipe: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        args = self.args
+        if args.sweep:
+            option, _, values = args.sweep.partition("=")
+            for value in values.split(","):
+                yield f"{pipe}, {option} {value}", {**args.options, option: int(value)}
+            return
+        yield pipe, {**args.options, "verify": True}
+        yield f"{pipe}, no digests", {**args.options, "verify": False}
+
     def _pair(self, name: str, theirs: np.ndarray, ours: np.ndarray, **options: Any) -> Callable[[], float]:
         address = self.producer("half", name, "kv_producer", options)
         self.consumer("half", name, "kv_consumer", options)
@@ -465,8 +490,8 @@ def ratios(result: dict[str, Any]) -> dict[str, float]:
     """How the medians of one line compare."""
     median = {name: statistics.median(seconds) for name, seconds in result["seconds"].items() if seconds}
     found = {}
-    for name in ("peer", "nccl", "gloo"):
-        if name not in median:
+    for name in median:
+        if name.partition(",")[0] not in ("peer", "nccl", "gloo") or name.endswith("no digests"):
             continue
         if "peer copy" in median:
             found[f"{name} / (peer copy + 0.2 ms)"] = (median["peer copy"] + 2e-4) / median[name]
@@ -487,31 +512,66 @@ def show(results: Sequence[dict[str, Any]]) -> str:
         speeds = (result["seconds"].get(name) for name in names)
         figures = [f"{result['bytes'] / statistics.median(s) / 1e9:.1f}" if s else "" for s in speeds]
         rows.append([result["block_kib"], round(result["bytes"] / MIB), result["pattern"], *figures])
-    lines = [table(rows), ""]
+    out = [table(rows), ""]
     for result in results:
         what = f"{result['block_kib']} KiB, {result['bytes'] / MIB:.0f} MiB, {result['pattern']}"
-        lines.append(f"- {what}: " + "; ".join(f"{name} {value:.3f}" for name, value in ratios(result).items()))
+        out.append(f"- {what}: " + "; ".join(f"{name} {value:.3f}" for name, value in ratios(result).items()))
         if any(result["blocks_that_differ"].values()):
-            lines.append(f"  **blocks that differ: {result['blocks_that_differ']}**")
-    return "\n".join(lines)
+            out.append(f"  **blocks that differ: {result['blocks_that_differ']}**")
+    return "\n".join(out)
+
+
+def chosen(numbers: str) -> list[tuple[int, int, str]]:
+    """The lines of the curve that `3`, `0-4` or `1,5-7` names."""
+    found = []
+    for part in numbers.split(","):
+        first, _, last = part.partition("-")
+        found += CONFIGS[int(first) : int(last or first) + 1]
+    return found
+
+
+def draw(results: Sequence[dict[str, Any]]) -> str:
+    """Throughput against bytes of a block, in random order and of the size that most lines have, as SVG."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    size = statistics.mode(result["bytes"] for result in results)
+    for result in results:
+        if result["pattern"] == "random" and result["bytes"] == size:
+            for name, samples in result["seconds"].items():
+                if samples:
+                    point = (result["block_kib"], result["bytes"] / statistics.median(samples) / 1e9)
+                    series.setdefault(name, []).append(point)
+    return lines(
+        series,
+        title=f"{size // MIB} MiB in blocks in random order, from process to process",
+        x="KiB of a block in one layer",
+        y="GB/s, median",
+        log_x=True,
+        log_y=True,
+        x_ticks=sorted({x for points in series.values() for x, _ in points}),
+        dashed=[name for name in series if name in ("peer copy", "raw NCCL")],
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.blocks", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the raw samples here, after each line")
+    parser.add_argument("--svg", type=Path, help="draw throughput against bytes of a block here")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each (default: %(default)s)")
-    parser.add_argument("--devices", default="0,1", help="the two GPUs (default: %(default)s)")
+    parser.add_argument("--devices", default="0,1", help="the two GPUs, or one twice (default: %(default)s)")
     parser.add_argument("--nixl", action="store_true", help="measure NIXL, too")
-    parser.add_argument("--lines", type=int, default=len(CONFIGS), help="measure only the first lines of the curve")
+    parser.add_argument(
+        "--lines", default=f"0-{len(CONFIGS) - 1}", help="which lines of the curve (default: %(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=480.0, help="begin no line after that (default: %(default)s)")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of options of the connectors")
+    parser.add_argument("--sweep", metavar="OPTION=N,N,...", help="measure the connectors with each of these values")
     parser.add_argument("--cpu", action="store_true", help="a 64th of the size over gloo: shows that the program works")
     args = parser.parse_args(arguments)
-    if not args.cpu and torch.cuda.device_count() < 2:
-        parser.error("there are not two CUDA devices")
+    if not args.cpu and torch.cuda.device_count() < len(set(args.devices.split(","))):
+        parser.error(f"devices {args.devices} are not all here")
     began = time.monotonic()
     with Bench(args) as bench:
-        for line in CONFIGS[: args.lines]:
+        for line in chosen(args.lines):
             if time.monotonic() > began + args.seconds:
                 print(f"no time is left for {line}", file=sys.stderr)
                 continue
@@ -519,8 +579,10 @@ def main(arguments: list[str] | None = None) -> int:
             bench.measure(*line)
             print(f"{line} took {time.monotonic() - before:.1f} s", file=sys.stderr, flush=True)
             if args.json:
-                write(args.json, {"about": bench.about, "lines": bench.results})
+                write(args.json, {"about": bench.about, "options": args.options, "lines": bench.results})
         print(show(bench.results))
+        if args.svg:
+            save(args.svg, draw(bench.results))
     return 0
 
 

@@ -1,5 +1,6 @@
 """Random KV between the worker halves of two `PyNcclConnector`s, a process each, without vLLM and without a model.
 
+On one GPU both ends share it, and memory is read in place alone: NCCL refuses a device twice.
 `KVSDK_TEST_DEVICES=cpu,cpu` runs it over shared memory and gloo, which shows nothing about GPUs.
 """
 
@@ -15,7 +16,8 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS, HEADS, TOKENS, CONTENT = 4, 8, 16, 256  # 64 KiB a block and layer at 2 bytes
-DEVICES = os.environ.get("KVSDK_TEST_DEVICES", "cuda:0,cuda:1").split(",")
+FOUND = torch.cuda.device_count()
+DEVICES = os.environ.get("KVSDK_TEST_DEVICES", "cuda:0,cuda:1" if FOUND > 1 else "cuda:0,cuda:0").split(",")
 
 
 class End:
@@ -72,7 +74,37 @@ class End:
         while not task.ended and time.monotonic() < began + timeout:
             time.sleep(50e-6)
         seconds = time.monotonic() - began
-        return {"state": task.state.value, "error": str(task.error), "seconds": seconds, "bad": len(task.failed_blocks)}
+        failed = np.flatnonzero(np.isin(ids, task.failed_blocks)).tolist()
+        return {"state": task.state.value, "error": str(task.error), "seconds": seconds, "wrong": failed}
+
+    def spoil(self, how, pool, blocks, seed, count, at):
+        """Change `count` blocks of an offer, in memory that was digested. A second `flip` or `swap` undoes the first.
+
+        Returns which, as indices into the offer.
+        """
+        rng = np.random.default_rng(at)
+        indices = rng.permutation(blocks)[:count]
+        ids = torch.from_numpy(self._ids(pool, blocks, seed)[indices].astype(np.int64)).to(self.device)
+        layers = [cache.view(torch.uint8).view(pool, -1) for cache in self.caches.values()]
+        size = layers[0].shape[1]
+        if how == "flip":
+            of, at, bit = (torch.from_numpy(rng.integers(0, n, count)) for n in (LAYERS, size, 8))
+            for i, layer in enumerate(layers):
+                mine = (of == i).to(self.device)
+                place = ids[mine], at.to(self.device)[mine]
+                layer[place] ^= (1 << bit).to(torch.uint8).to(self.device)[mine]
+        elif how == "swap":
+            for layer in layers:
+                layer[ids] = layer[ids.view(-1, 2).flip(1).flatten()]
+        elif how == "shift":
+            layer = layers[rng.integers(LAYERS)]
+            layer[ids] = layer[ids].roll(1, dims=1)
+        else:
+            noise = torch.randint(0, 256, (count, size), dtype=torch.uint8, device=self.device)
+            layers[rng.integers(LAYERS)][ids] = noise
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {"spoilt": sorted(indices.tolist())}
 
     def load_on_and_on(self, seconds, **what):
         """Loads one after the other; stops at the first that fails."""
@@ -157,10 +189,9 @@ if __name__ == "__main__":
 import pytest  # noqa: E402 - an end does not need it
 from support.ends import Worker  # noqa: E402
 
-FOUND = len(DEVICES) if "cpu" in DEVICES[0] else torch.cuda.device_count()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(FOUND < 2, reason=f"needs 2 CUDA devices, and {FOUND} are here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif("cpu" not in DEVICES and not FOUND, reason="needs a CUDA device")]
 POOL = 600
-KINDS = ["shm", "gloo"] if DEVICES[0] == "cpu" else ["nccl", "peer"]
+KINDS = ["shm", "gloo"] if DEVICES[0] == "cpu" else ["peer", "nccl"] if DEVICES[0] != DEVICES[1] else ["peer"]
 
 
 @pytest.fixture(params=KINDS)
@@ -176,7 +207,7 @@ def ends():
     def start(*indices):
         new = []
         for i in indices:
-            visible = {} if DEVICES[i] == "cpu" else {"CUDA_VISIBLE_DEVICES": str(i)}
+            visible = {} if DEVICES[i] == "cpu" else {"CUDA_VISIBLE_DEVICES": DEVICES[i].partition(":")[2]}
             new.append(Worker(__file__, "cpu" if DEVICES[i] == "cpu" else "cuda:0", visible))
         started.extend(new)
         for worker in new:
@@ -236,7 +267,7 @@ def test_a_read_of_what_was_let_go_fails_and_the_next_one_works(pair, kind):
     a("keep", hold="x", pool=POOL, blocks=20, seed=3)
     a("let_go", hold="x")
     got = b("load", address=told["address"], hold="x", pool=POOL, blocks=20, seed=4)
-    assert got["state"] == "failed" and got["bad"] == 20
+    assert got["state"] == "failed" and got["wrong"] == list(range(20))
     a("keep", hold="y", pool=POOL, blocks=20, seed=3)
     assert b("load", address=told["address"], hold="y", pool=POOL, blocks=20, seed=4)["state"] == "done"
     assert same(b, 20)
@@ -259,6 +290,42 @@ def test_a_producer_that_is_killed_costs_its_load_and_no_more(ends, kind):
     assert same(b, 500)
     b("close")
     fresh("close")
+
+
+def test_ten_thousand_flipped_bits_are_found_and_no_other_block_is_refused(pair, kind):
+    a, b = pair
+    told, offer = two(pair, pipe=kind), {"pool": POOL, "blocks": 500, "seed": 3}
+    a("keep", hold="x", **offer)
+    load = {"address": told["address"], "hold": "x", "pool": POOL, "blocks": 500, "seed": 4}
+    assert b("load", **load)["state"] == "done"
+    found = 0
+    for i in range(40):
+        spoilt = a("spoil", how="flip", count=250, at=i, **offer)["spoilt"]
+        got = b("load", **load)
+        assert got["state"] == "failed" and got["wrong"] == spoilt
+        found += len(spoilt)
+        a("spoil", how="flip", count=250, at=i, **offer)
+    assert b("load", **load)["state"] == "done"
+    assert same(b, 500)
+    assert found == 10_000 == b("counters")["corrupt_blocks"]
+    a("close")
+    b("close")
+
+
+@pytest.mark.parametrize("how", ["swap", "shift", "stale"])
+def test_blocks_that_are_not_what_was_digested_are_found(pair, kind, how):
+    a, b = pair
+    told, offer = two(pair, pipe=kind), {"pool": POOL, "blocks": 500, "seed": 3}
+    load = {"address": told["address"], "pool": POOL, "blocks": 500, "seed": 4}
+    for i in range(10):
+        a("keep", hold=f"{i}", **offer)
+        assert b("load", hold=f"{i}", **load)["state"] == "done"
+        spoilt = a("spoil", how=how, count=50, at=100 + i, **offer)["spoilt"]
+        got = b("load", hold=f"{i}", **load)
+        assert got["state"] == "failed" and got["wrong"] == spoilt
+        a("let_go", hold=f"{i}")
+    a("close")
+    b("close")
 
 
 @pytest.mark.parametrize("victim", ["producer", "consumer"])
