@@ -4,6 +4,7 @@
 //   THREADS             threads of a thread block
 //   CHUNK_BYTES         a page is cut into chunks of this size, a multiple of 8
 //   COPY_ARGS_BYTES, FINISH_ARGS_BYTES, LAYER_BYTES   sizes of the structures below, as the host lays them out
+//   LISTED_IDS          how many ids fit into the structure `Listed`
 //
 // A unit of work is a chunk (or a half or a quarter of one, where there are few) of one block's page of one layer, and
 // belongs to one warp. So nothing waits at a barrier, tails are short, and neighbouring warps read different blocks of
@@ -53,8 +54,15 @@ struct Copy {
   u32 unused;
 };
 
+// The same, with the destinations' ids beside it: a launch takes them along, where a copy of its own would take the host
+// as long as the launch.
+struct Listed {
+  Copy copy;
+  int dst_ids[LISTED_IDS];
+};
+
 struct Finish {
-  const u64* sums;       // [layers][blocks]
+  u64* sums;             // [layers][blocks]; left at 0, as the next kernel that adds to them needs them
   const u64* positions;  // of each block in its prompt
   const u64* expected;   // null, or the digests that the blocks should have
   u64* digests;          // null, or where they go
@@ -236,7 +244,7 @@ __device__ __forceinline__ u64 parts_of_words(const Page<COPY, true>& page, u32 
 }
 
 template <u32 GRAIN, bool COPY, bool DIGEST>
-__device__ __forceinline__ void all_units(const Copy& copy) {
+__device__ __forceinline__ void all_units(const Copy& copy, const int* dst_ids) {
   const u32 lane = threadIdx.x % WARP;
   const u32 num_warps = gridDim.x * (THREADS / WARP);
   const u32 num_units = (copy.num_blocks * copy.num_chunks) << copy.split;
@@ -255,7 +263,7 @@ __device__ __forceinline__ void all_units(const Copy& copy) {
     const u64 src = copy.src_bases[chunk.layer] + src_id * layer.src_stride;
     u64 dst = 0;
     if (COPY) {
-      const u64 dst_id = copy.dst_ids ? copy.dst_ids[block] : block;
+      const u64 dst_id = dst_ids ? dst_ids[block] : block;
       dst = copy.dst_bases[chunk.layer] + dst_id * layer.dst_stride;
     }
     const Run* runs = copy.runs + layer.first_run;
@@ -283,20 +291,25 @@ __device__ __forceinline__ void all_units(const Copy& copy) {
 // the source's order. digest_blocks_<grain>: the sums alone. Every address, stride and run is a multiple of the grain.
 #define KERNELS(GRAIN)                                                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS) copy_blocks_##GRAIN(const __grid_constant__ Copy copy) {   \
-    all_units<GRAIN, true, false>(copy);                                                                           \
+    all_units<GRAIN, true, false>(copy, copy.dst_ids);                                                             \
   }                                                                                                                \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                            \
       copy_digest_blocks_##GRAIN(const __grid_constant__ Copy copy) {                                              \
-    all_units<GRAIN, true, true>(copy);                                                                            \
+    all_units<GRAIN, true, true>(copy, copy.dst_ids);                                                              \
   }                                                                                                                \
   extern "C" __global__ void __launch_bounds__(THREADS) digest_blocks_##GRAIN(const __grid_constant__ Copy copy) { \
-    all_units<GRAIN, false, true>(copy);                                                                           \
+    all_units<GRAIN, false, true>(copy, copy.dst_ids);                                                             \
   }
 
 KERNELS(16)
 KERNELS(8)
 KERNELS(4)
 KERNELS(1)
+
+// copy_digest_blocks_16 with the destinations' ids beside the arguments.
+extern "C" __global__ void __launch_bounds__(THREADS) copy_digest_listed(const __grid_constant__ Listed listed) {
+  all_units<16, true, true>(listed.copy, listed.dst_ids);
+}
 
 // Sums to digests, compared with what they should be. A warp for each block, its lanes over the layers.
 extern "C" __global__ void __launch_bounds__(THREADS) finish_digests(const __grid_constant__ Finish finish) {
@@ -308,7 +321,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish_digests(const __gri
     u64 digest = 0;
     for (u32 layer = lane; layer < finish.num_layers; layer += WARP) {
       const u64 seed = splitmix64(layer * GOLDEN + LAYER_SEED + place);
-      digest += splitmix64(finish.sums[static_cast<u64>(layer) * n + block] ^ seed);
+      u64& sum = finish.sums[static_cast<u64>(layer) * n + block];
+      digest += splitmix64(sum ^ seed);
+      sum = 0;
     }
     digest = sum_over_warp(digest);
     if (lane == 0) {

@@ -260,7 +260,7 @@ def test_what_is_written_over_an_offers_blocks_is_found(pair):
 def test_a_read_needs_no_more_digests_than_its_own(pair, monkeypatch):
     """Of a long offer whose later blocks are not digested yet, the first ones can be read."""
     producer, _ = pair.halves
-    monkeypatch.setattr(serving, "DIGEST_BYTES", LOADED * producer._store.staging_bytes(1))
+    monkeypatch.setitem(serving.DIGEST_BYTES, "cpu", LOADED * producer._store.staging_bytes(1))
     digest, let_on = BlockStore.digest_in_place, []
 
     def first_alone(self, block_ids, positions, digests):

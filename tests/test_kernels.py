@@ -379,7 +379,7 @@ def test_blocks_are_pulled_from_a_peer_in_whatever_layout(theirs, ours, content)
     told(expected)[1] ^= np.uint64(1)
     wrong, digests = store.new_wrong(3), store.new_digests(3)
     there = store.peer(peer_store.layout, peer_store.addresses, peer)
-    store.pull(there, src_ids, dst_ids, positions=positions, expected=told(expected), wrong=wrong, digests=digests)
+    store.pull(store.choose(there, src_ids, positions, told(expected)), dst_ids, wrong=wrong, digests=digests)
     assert wrong.tolist() == [0, 1, 0]
     assert (digests == expected).tolist() == [True, False, True]
     for i, blocks in enumerate(before):
@@ -390,7 +390,8 @@ def test_blocks_are_pulled_from_a_peer_in_whatever_layout(theirs, ours, content)
 def test_kernel_blocks_that_cut_the_tokens_otherwise_are_pulled():
     peer, cache = (make_cache("HND", tokens=n, ratio=6 // n, seed=n) for n in (2, 3))
     store = cache.store()
-    store.pull(store.peer(peer.layout(), peer.store().addresses), np.array([3], np.int32), np.array([5], np.int32))
+    there = store.peer(peer.layout(), peer.store().addresses)
+    store.pull(store.choose(there, np.array([3], np.int32)), np.array([5], np.int32))
     for i in range(3):
         np.testing.assert_array_equal(cache.content(i)[5], peer.content(i)[3])
 
@@ -406,7 +407,7 @@ def test_a_peer_in_shared_memory_is_read_as_it_is_now():
         there = store.peer(peer.layout(), np.array(addresses, np.uint64), memory)
         for value in (1, 2):
             memory[0] = value
-            store.pull(there, np.array([0], np.int32), np.array([3], np.int32))
+            store.pull(store.choose(there, np.array([0], np.int32)), np.array([3], np.int32))
             assert cache.content(0)[3].ravel()[0] == value
             assert (cache.content(0)[3].ravel()[1:] == peer.content(0)[0].ravel()[1:]).all()
 
@@ -426,6 +427,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     staging, positions, expected = store.staging(2), np.arange(2), np.zeros(2, np.uint64)
     wrong, digests = store.new_wrong(2), store.new_digests(2)
     there = store.peer(store.layout, store.addresses)
+    chosen = store.choose(there, np.array([0, 1], np.int32))
+    checked = store.choose(there, np.array([0, 1], np.int32), np.arange(2), np.zeros(2, np.uint64))
     refused = [
         ("positions must be int64", lambda: store.gather_digest(two, np.arange(3), staging, digests)),
         ("digests must be a contiguous torch.int64", lambda: store.gather_digest(two, positions, staging, wrong)),
@@ -436,12 +439,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
         ("expected must be uint64", lambda: store.scatter_verified(two, positions, staging, positions, wrong)),
         ("wrong must be", lambda: store.scatter_verified(two, positions, staging, expected, digests)),
         ("twice", lambda: store.scatter_verified(two * 0, positions, staging, expected, wrong)),
-        ("twice", lambda: store.pull(there, two, two * 0)),
-        ("from 0 to 5", lambda: store.pull(there, two, two + 5)),
-        ("from 0 to 5", lambda: store.pull(there, two - 1, two)),
-        ("2 blocks cannot be copied to 1", lambda: store.pull(there, two, two[:1])),
-        ("digests need positions", lambda: store.pull(there, two, two, expected=expected)),
-        ("only be told with expected", lambda: store.pull(there, two, two, positions=positions, wrong=wrong)),
+        ("from 0 to 5", lambda: store.pull(chosen, two + 5)),
+        ("from 0 to 5", lambda: store.choose(there, two - 1)),
+        ("of 2 blocks 2 cannot be copied from 1", lambda: store.pull(chosen, two, first=1)),
+        ("of 2 blocks 1 cannot be copied from -1", lambda: store.pull(chosen, two[:1], first=-1)),
+        ("digests need positions", lambda: store.choose(there, two, None, expected)),
+        ("positions must be", lambda: store.choose(there, two, positions[:1])),
+        ("expected must be", lambda: store.choose(there, two, positions, expected[:1])),
+        ("wrong can only be told", lambda: store.pull(store.choose(there, two, positions), two, wrong=wrong)),
+        ("digests can only be told", lambda: store.pull(chosen, two, digests=digests)),
+        ("wrong has room for 1", lambda: store.pull(checked, two, wrong=wrong[:1])),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):

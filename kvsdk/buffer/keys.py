@@ -7,6 +7,7 @@ key only if they share everything before it, and a longest common prefix is foun
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ KEY_BYTES = 16
 MAX_BLOCKS = 500_000
 MAX_BLOCK_SIZE = 65_536
 
+_TOKENS_AT_ONCE, _BLOCKS_AT_ONCE, _PAUSE = 8192, 256, 2e-5
+"""Python's threads run one at a time, and one that does not pause keeps the others waiting for 5 ms. A pause of 0 would
+be over before another thread has woken."""
 _CHAIN = b"kvsdk.prefix/1"
 _TAIL = b"kvsdk.tail/1"
 _WIRE_FIELDS = frozenset({"num_tokens", "block_size", "blocks", "tail"})
@@ -97,8 +101,20 @@ class PrefixKeys:
         return cls(num_tokens, block_size, blocks, tail)
 
 
+def as_tokens(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """A prompt's token ids as int32; slowly, so that it can run beside the thread that runs the model."""
+    if isinstance(tokens, np.ndarray):
+        return tokens.astype(np.int32, copy=False)
+    found = np.empty(len(tokens), np.int32)
+    for start in range(0, len(tokens), _TOKENS_AT_ONCE):
+        if start:
+            time.sleep(_PAUSE)
+        found[start : start + _TOKENS_AT_ONCE] = tokens[start : start + _TOKENS_AT_ONCE]
+    return found
+
+
 def prefix_keys(tokens: np.ndarray, block_size: int, root: bytes = b"") -> PrefixKeys:
-    """The keys of a prompt.
+    """The keys of a prompt; slowly, so that it can run beside the thread that runs the model.
 
     Args:
         tokens: shape (P,), int32, P from 1 to `MAX_BLOCKS` blocks: the prompt's token ids.
@@ -122,9 +138,12 @@ def prefix_keys(tokens: np.ndarray, block_size: int, root: bytes = b"") -> Prefi
     step = 4 * block_size
     keys = []
     update, digest = chain.update, chain.digest
-    for start in range(0, num_blocks * step, step):
-        update(content[start : start + step])
-        keys.append(digest())
+    for first in range(0, num_blocks, _BLOCKS_AT_ONCE):
+        if first:
+            time.sleep(_PAUSE)
+        for start in range(first * step, min(first + _BLOCKS_AT_ONCE, num_blocks) * step, step):
+            update(content[start : start + step])
+            keys.append(digest())
     tail = b""
     if rest:
         update(content[num_blocks * step :])

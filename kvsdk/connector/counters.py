@@ -16,6 +16,11 @@ class Counters:
         with self._lock:
             self._values[name] = self._values.get(name, 0) + value
 
+    def add_all(self, **values: float) -> None:
+        with self._lock:
+            for name, value in values.items():
+                self._values[name] = self._values.get(name, 0) + value
+
     def take(self) -> dict[str, float]:
         """What was added since the last call."""
         with self._lock:

@@ -17,12 +17,13 @@ import enum
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from kvsdk.buffer.keys import PrefixKeys
+from kvsdk.buffer.keys import PrefixKeys, as_tokens, prefix_keys
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,6 @@ class RequestView:
 
     Attributes:
         id: vLLM's request id. It differs between servers for the same prompt: never a key.
-        prompt: int32 array (P,), the prompt's token ids.
         block_size: tokens of a block in vLLM's cache, and of each of the prompt's `keys`.
         kv_transfer_params: what the client or a proxy sent along, or None; untrusted.
         root: bytes that separate caches (salt, LoRA, multimodal content), mixed into every key.
@@ -110,42 +110,59 @@ class RequestView:
     def __init__(
         self,
         id: str,
-        prompt: np.ndarray,
+        prompt: np.ndarray | Sequence[int],
         *,
         block_size: int,
         root: bytes = b"",
         kv_transfer_params: Mapping[str, Any] | None = None,
-        keys: Callable[[], PrefixKeys] | None = None,
-        keys_ready: Callable[[], bool] | None = None,
     ):
-        self.id, self.prompt, self.block_size, self.root = id, prompt, block_size, root
+        self.id, self.block_size, self.root = id, block_size, root
+        self._prompt, self._num_tokens = prompt, len(prompt)
         self.kv_transfer_params = kv_transfer_params
-        self._keys, self._keys_ready = keys, keys_ready
+        self._keys: Future[PrefixKeys] | None = None
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """int32 array (P,), the prompt's token ids. The first to ask takes 20 µs for 1,000 tokens: `keys` do, in the
+        background."""
+        if not isinstance(self._prompt, np.ndarray):
+            self._prompt = as_tokens(self._prompt)
+        return self._prompt
 
     @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
-        return len(self.prompt)
+        return self._num_tokens
 
     @property
     def num_prompt_blocks(self) -> int:
         """Blocks that hold the prompt, the partial tail counted as one."""
-        return -(-len(self.prompt) // self.block_size)
+        return -(-self._num_tokens // self.block_size)
+
+    def compute_keys(self, executor: Executor) -> None:
+        """Have `keys` computed in the background."""
+        self._keys = executor.submit(self._computed_keys)
 
     @property
     def keys_ready(self) -> bool:
         """Whether `keys` answers at once; they are computed in the background when the request arrives."""
-        return self._keys_ready is None or self._keys_ready()
+        return self._keys is None or self._keys.done()
 
     @property
     def keys(self) -> PrefixKeys:
-        """The prompt's prefix keys; waits (microseconds a block) when `keys_ready` is false. Any thread may ask."""
-        if self._keys is None:
-            from kvsdk.buffer.keys import prefix_keys
+        """The prompt's prefix keys; waits (microseconds a block) when `keys_ready` is false. Any thread may ask.
 
-            keys = prefix_keys(self.prompt, self.block_size, self.root)
-            self._keys = lambda: keys
-        return self._keys()
+        Raises:
+            TimeoutError: they have not been computed within 10 s.
+        """
+        if self._keys is None:
+            computed: Future[PrefixKeys] = Future()
+            computed.set_result(self._computed_keys())
+            self._keys = computed
+        return self._keys.result(10.0)
+
+    def _computed_keys(self) -> PrefixKeys:
+        return prefix_keys(self.prompt, self.block_size, self.root)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -110,8 +109,7 @@ class _Task:
         """Whether it is done, failed or expired. May change at any moment outside `using()`."""
         return self._state is not TaskState.OPEN
 
-    @contextlib.contextmanager
-    def using(self) -> Iterator[None]:
+    def using(self) -> AbstractContextManager[None]:
         """Guards a read or write of the task's blocks: the task cannot end inside, so vLLM cannot reuse them meanwhile.
 
         Keep it short (a copy, not a wait for a peer): while it lasts the task cannot expire either. Do not end the task
@@ -120,10 +118,7 @@ class _Task:
         Raises:
             TaskEnded: the task has ended; leave its blocks alone.
         """
-        with self._lock:
-            if self.ended:
-                raise TaskEnded(f"{type(self).__name__} of request {self.request_id} is {self._state.value}")
-            yield
+        return _Using(self)
 
     def _end(self, state: TaskState, error: BaseException | None = None) -> bool:
         with self._lock:
@@ -155,6 +150,25 @@ class _Task:
             return True
         finally:
             self._lock.release()
+
+
+class _Using:
+    """`_Task.using`. A class, since a generator would cost a short load more than the copy does."""
+
+    __slots__ = ("_task",)
+
+    def __init__(self, task: _Task):
+        self._task = task
+
+    def __enter__(self) -> None:
+        task = self._task
+        task._lock.acquire()
+        if task._state is not TaskState.OPEN:
+            task._lock.release()
+            raise TaskEnded(f"{type(task).__name__} of request {task.request_id} is {task._state.value}")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._task._lock.release()
 
 
 class LoadTask(_Task):

@@ -1,6 +1,6 @@
 """Carries plans out: blocks copied and digested, by CUDA kernels on a GPU (`csrc/`), by PyTorch and NumPy on a CPU."""
 
 from kvsdk.kernels.digest import DIGEST_ALGORITHM, splitmix64
-from kvsdk.kernels.store import MAX_SMS, BlockStore, PeerCache
+from kvsdk.kernels.store import MAX_SMS, BlockStore, PeerBlocks, PeerCache
 
-__all__ = ["DIGEST_ALGORITHM", "MAX_SMS", "BlockStore", "PeerCache", "splitmix64"]
+__all__ = ["DIGEST_ALGORITHM", "MAX_SMS", "BlockStore", "PeerBlocks", "PeerCache", "splitmix64"]

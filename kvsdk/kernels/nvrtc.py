@@ -25,6 +25,8 @@ from kvsdk.kernels.bindings import call, load
 
 logger = logging.getLogger("kvsdk.kernels")
 
+_POINTER = ctypes.c_void_p * 1
+
 
 def source() -> str:
     """The CUDA source: of the installed package, or of the source tree that this module is in.
@@ -140,16 +142,26 @@ class Module:
         """
         # A thread that has not called CUDA's runtime has no context yet.
         call(self._driver.cuCtxSetCurrent, self._context)
-        if name not in self._functions:
-            _, self._functions[name] = call(self._driver.cuModuleGetFunction, self._module, name.encode())
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        function = self._functions.get(name)
+        if function is None:
+            _, function = call(self._driver.cuModuleGetFunction, self._module, name.encode())
+            self._functions[name] = function
+        pointers = _POINTER(ctypes.addressof(args))
         call(
             self._driver.cuLaunchKernel,
-            *(self._functions[name], grid, 1, 1, threads, 1, 1, 0),
-            self._driver.CUstream(stream),
+            *(function, grid, 1, 1, threads, 1, 1, 0, stream),
             ctypes.addressof(pointers),
             0,
         )
+
+    def upload(self, device_address: int, host_address: int, nbytes: int, stream: int) -> None:
+        """Enqueue a copy from pinned memory to the device.
+
+        Raises:
+            KVError: the driver refuses, or an earlier kernel failed.
+        """
+        call(self._driver.cuCtxSetCurrent, self._context)
+        call(self._driver.cuMemcpyHtoDAsync, device_address, host_address, nbytes, stream)
 
 
 _modules: dict[tuple[int, tuple[str, ...]], Module] = {}

@@ -30,17 +30,34 @@ MAX_SMS = 64
 class PeerCache:
     """Another worker's KV cache, as `BlockStore.pull` reads it; from `BlockStore.peer`.
 
+    On CUDA it belongs to the stream that was current when it was made, and to one thread at a time.
+
     Attributes:
         layout: of the peer's cache.
-        addresses: uint64 `(layers,)`: where block 0 of each layer is mapped into this process.
         owner: whatever keeps the memory mapped; held as long as this object.
-        route: how its blocks get into the store's.
+        puller: what reads it.
     """
 
     layout: CacheLayout
-    addresses: np.ndarray
     owner: Any
-    route: Any
+    puller: Any
+
+
+@dataclass(frozen=True, eq=False)
+class PeerBlocks:
+    """Blocks of a peer that may be read; from `BlockStore.choose`.
+
+    Attributes:
+        peer: whose they are.
+        count: how many.
+        checked: whether they are digested when they are read, and whether the digests they should have are known.
+        chosen: what the puller needs.
+    """
+
+    peer: PeerCache
+    count: int
+    checked: tuple[bool, bool]
+    chosen: Any
 
 
 class BlockStore:
@@ -171,7 +188,7 @@ class BlockStore:
             ValueError: an id or an index is out of range or comes twice, or the staging buffer does not fit.
         """
         self._check_ids(block_ids)
-        _check_once(block_ids)
+        _check_once(block_ids, self.layout.num_blocks)
         self._check_staging(staging, len(block_ids))
         if select is not None:
             select = np.asarray(select)
@@ -208,7 +225,7 @@ class BlockStore:
             ValueError: as `scatter`, or one of the others does not fit.
         """
         self._check_ids(block_ids)
-        _check_once(block_ids)
+        _check_once(block_ids, self.layout.num_blocks)
         self._check_staging(staging, len(block_ids))
         check = self._check(len(block_ids), positions, expected=expected, wrong=wrong)
         if len(block_ids):
@@ -278,53 +295,71 @@ class BlockStore:
         addresses = np.array(addresses, dtype=np.uint64)
         if addresses.shape != (len(layout.layers),):
             raise ValueError(f"addresses must be one for each of {len(layout.layers)} layers, not {addresses.shape}")
-        if isinstance(self._blocks, CudaBlocks):
-            return PeerCache(layout, addresses, owner, self._blocks.route(plan))
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.accelerated:
             raise ConfigError("a peer's GPU memory is read by the kernels alone, which this worker lacks: see its log")
-        return PeerCache(layout, addresses, owner, self._blocks.route(plan, addresses))
+        return PeerCache(layout, owner, self._blocks.puller(plan, addresses))
 
-    def pull(
+    def choose(
         self,
         peer: PeerCache,
-        src_ids: np.ndarray,
-        dst_ids: np.ndarray,
-        *,
+        block_ids: np.ndarray,
         positions: np.ndarray | None = None,
         expected: np.ndarray | None = None,
-        wrong: torch.Tensor | None = None,
-        digests: torch.Tensor | None = None,
-    ) -> None:
-        """Copies blocks from a peer's cache straight into this one; with `positions`, digests what was copied.
-
-        Digests are over the words as they were read and written, in the peer's order. Blocks that turn out wrong have
-        been written: they must be reported as failed, and nothing may decode from them.
+    ) -> PeerBlocks:
+        """Names blocks of a peer that may be read. On CUDA the device is told: done ahead, it makes a pull quicker.
 
         Args:
             peer: from `peer`.
-            src_ids: 1-D int32: blocks of the peer, repeats allowed.
-            dst_ids: as many: blocks of this cache, no id twice.
+            block_ids: 1-D int32: blocks of the peer, repeats allowed.
             positions: int64, as many: each block's position in its prompt, in blocks; nothing is digested if None.
             expected: uint64, as many: the digests that the peer told.
-            wrong: uint8, as many, on the store's device or in pinned memory: written with 1 for each block whose digest
-                is not the expected one, else 0.
-            digests: int64, as many, likewise: written with the digests' bits.
 
         Raises:
-            ValueError: an id is out of range or written twice, or one of the others does not fit.
+            ValueError: an id is out of range, or one of the others does not fit.
         """
-        _check_range(src_ids, peer.layout.num_blocks)
-        self._check_ids(dst_ids)
-        _check_once(dst_ids)
-        if len(src_ids) != len(dst_ids):
-            raise ValueError(f"{len(src_ids)} blocks cannot be copied to {len(dst_ids)}")
-        check = None
+        _check_range(block_ids, peer.layout.num_blocks)
         if positions is not None:
-            check = self._check(len(dst_ids), positions, expected=expected, digests=digests, wrong=wrong)
-        elif expected is not None or wrong is not None or digests is not None:
+            Check(positions, expected).validate(len(block_ids), self.device)
+        elif expected is not None:
             raise ValueError("digests need positions")
-        if len(dst_ids):
-            self._blocks.pull(peer.route, peer.addresses, src_ids, dst_ids, check)
+        checked = positions is not None, expected is not None
+        return PeerBlocks(peer, len(block_ids), checked, peer.puller.choose(block_ids, positions, expected))
+
+    def pull(
+        self,
+        blocks: PeerBlocks,
+        dst_ids: np.ndarray,
+        *,
+        first: int = 0,
+        wrong: torch.Tensor | None = None,
+        digests: torch.Tensor | None = None,
+    ) -> None:
+        """Copies blocks from a peer's cache straight into this one, and digests what was copied if they were chosen so.
+
+        Digests are over the words as they were read and written, in the peer's order. Blocks that turn out wrong have
+        been written: they must be reported as failed, and nothing may decode from them. On CUDA all of it is enqueued
+        on the peer's stream, which must have carried out the pull before.
+
+        Args:
+            blocks: from `choose`.
+            dst_ids: 1-D int32: where the chosen blocks from `first` on go, one for one. No id twice, which is not
+                checked: either write might last.
+            first: index into the chosen blocks.
+            wrong: uint8, at least as many as `dst_ids`, from `new_wrong`: written with 1 where the digest is not the
+                one that was told, else 0.
+            digests: int64, likewise, from `new_digests`: written with the digests' bits.
+
+        Raises:
+            ValueError: an id is out of range, there are not so many blocks, or one of the others does not fit.
+        """
+        n = len(dst_ids)
+        self._check_ids(dst_ids)
+        if not 0 <= first <= blocks.count - n:
+            raise ValueError(f"of {blocks.count} blocks {n} cannot be copied from {first} on")
+        if wrong is not None or digests is not None:
+            _check_told(blocks, n, wrong, digests)
+        if n:
+            blocks.peer.puller.pull(blocks.chosen, first, dst_ids, wrong, digests)
 
     # ---- checks
 
@@ -353,6 +388,14 @@ class BlockStore:
         _check_range(block_ids, self.layout.num_blocks)
 
 
+def _check_told(blocks: PeerBlocks, n: int, wrong: torch.Tensor | None, digests: torch.Tensor | None) -> None:
+    for name, tensor, known in (("wrong", wrong, blocks.checked[1]), ("digests", digests, blocks.checked[0])):
+        if tensor is not None and not known:
+            raise ValueError(f"{name} can only be told of blocks that were chosen with what it takes")
+        if tensor is not None and tensor.numel() < n:
+            raise ValueError(f"{name} has room for {tensor.numel()} blocks, not for {n}")
+
+
 def _check_range(block_ids: np.ndarray, num_blocks: int) -> None:
     if not isinstance(block_ids, np.ndarray) or block_ids.ndim != 1 or block_ids.dtype != np.int32:
         raise ValueError("block ids must be a 1-D int32 array")
@@ -360,6 +403,8 @@ def _check_range(block_ids: np.ndarray, num_blocks: int) -> None:
         raise ValueError(f"block ids must be from 0 to {num_blocks - 1}, not {block_ids.min()} to {block_ids.max()}")
 
 
-def _check_once(block_ids: np.ndarray) -> None:
-    if len(np.unique(block_ids)) != len(block_ids):
+def _check_once(block_ids: np.ndarray, num_blocks: int) -> None:
+    written = np.zeros(num_blocks, bool)
+    written[block_ids] = True
+    if np.count_nonzero(written) != len(block_ids):
         raise ValueError("a block id comes twice: each block can be written once")

@@ -84,8 +84,8 @@ class TorchBlocks:
             self._arrays = [view.numpy() for view in self._views] if self._device.type == "cpu" else None
             self.mixer = WordMixer(max(layer.block_bytes for layer in layout.layers), self._device)
 
-    def route(self, plan: Plan, addresses: np.ndarray) -> Route:
-        """The views for `pull`, over a peer's memory that is mapped into this process."""
+    def puller(self, plan: Plan, addresses: np.ndarray) -> Puller:
+        """For reading a peer's memory that is mapped into this process."""
         src = [
             torch.frombuffer(
                 (ctypes.c_uint8 * _extent(layer, plan.src.num_blocks)).from_address(int(address)), dtype=torch.uint8
@@ -93,7 +93,7 @@ class TorchBlocks:
             for layer, address in zip(plan.src.layers, addresses, strict=True)
         ]
         with torch.inference_mode(False):
-            return Route(plan, src, self._flat)
+            return Puller(self, Route(plan, src, self._flat))
 
     def gather(self, ids: np.ndarray, staging: torch.Tensor, check: Check | None = None) -> None:
         index = self._index(ids)
@@ -135,9 +135,7 @@ class TorchBlocks:
         index = self._index(ids)
         self._finish([self.mixer.row_sums(_rows(view.index_select(0, index))) for view in self._views], check)
 
-    def pull(
-        self, route: Route, addresses: np.ndarray, src_ids: np.ndarray, dst_ids: np.ndarray, check: Check | None
-    ) -> None:
+    def pull(self, route: Route, src_ids: np.ndarray, dst_ids: np.ndarray, check: Check | None) -> None:
         src_index, dst_index = self._index(src_ids), self._index(dst_ids)
         sums = []
         for pairs in route.layers:
@@ -172,6 +170,35 @@ class TorchBlocks:
             # From pinned memory the copy does not wait for the stream.
             return index.pin_memory().to(self._device, non_blocking=True)
         return index
+
+
+class Puller:
+    """Reads blocks of a peer's cache."""
+
+    def __init__(self, blocks: TorchBlocks, route: Route):
+        self._blocks, self._route = blocks, route
+
+    def choose(self, ids: np.ndarray, positions: np.ndarray | None, expected: np.ndarray | None) -> tuple[Any, ...]:
+        """Notes blocks' ids, positions and digests."""
+        return ids, positions, expected
+
+    def pull(
+        self,
+        chosen: tuple[Any, ...],
+        first: int,
+        dst_ids: np.ndarray,
+        wrong: torch.Tensor | None,
+        digests: torch.Tensor | None,
+    ) -> None:
+        """Reads as many of the chosen blocks, from `first` on, as there are `dst_ids`."""
+        part = slice(first, first + len(dst_ids))
+        ids, positions, expected = (array[part] if array is not None else None for array in chosen)
+        check = None
+        if positions is not None:
+            n = len(dst_ids)
+            told = (tensor[:n] if tensor is not None else None for tensor in (digests, wrong))
+            check = Check(positions, expected, *told)
+        self._blocks.pull(self._route, ids, dst_ids, check)
 
 
 def _extent(layer: LayerLayout, num_blocks: int) -> int:

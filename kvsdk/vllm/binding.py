@@ -12,7 +12,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -28,7 +28,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
-from kvsdk.buffer.keys import PrefixKeys, prefix_keys, separator
+from kvsdk.buffer.keys import separator
 from kvsdk.config import Options, parse_options
 from kvsdk.connector.interface import CacheGeometry, Connector, Context, RequestView
 from kvsdk.connector.lifecycle import Orders, ScheduledRequest, SchedulerLifecycle, WorkerLifecycle
@@ -347,18 +347,14 @@ class BoundConnector(KVConnectorBase_V1):
             or request.sampling_params is None
         ):
             return  # embeddings have no tokens to find KV by; pooling requests end without KV to hand over
-        prompt = np.asarray(request.prompt_token_ids, np.int32)
-        block_size, root = self._context.cache.block_size, _root(request)
-        keys: Future[PrefixKeys] = self._keys_pool.submit(prefix_keys, prompt, block_size, root)
         view = RequestView(
             request.request_id,
-            prompt,
-            block_size=block_size,
-            root=root,
+            request.prompt_token_ids,
+            block_size=self._context.cache.block_size,
+            root=_root(request),
             kv_transfer_params=request.kv_transfer_params,
-            keys=functools.partial(keys.result, 10.0),
-            keys_ready=keys.done,
         )
+        view.compute_keys(self._keys_pool)
         loadable = not request.skip_reading_prefix_cache
         self._scheduler.add(
             view, num_tokens=lambda: request.num_tokens, loadable=loadable, one_token=request.max_tokens == 1

@@ -1,9 +1,10 @@
-"""Two real vLLM servers, each seeing its own GPU only, hand KV over by NCCL.
+"""Two real vLLM servers, each seeing its own GPU only, hand KV over: the decode server reads the other GPU's memory in
+place, or both use NCCL. With one GPU they share it, and memory is read in place alone.
 
-The model has about 1B random parameters and depends on its context (the last test shows it). Tokens are compared where
-the same kernels run: one request at a time, and a server that answers from its own prefix cache computes exactly one
-token, as one that loaded the prompt does. Under load batches differ in shape and may round differently, so KV bytes are
-compared instead.
+Decodes are full CUDA graphs. The model has about 1B random parameters and depends on its context (the last test but one
+shows it). Tokens are compared where the same kernels run: one request at a time, and a server that answers from its own
+prefix cache computes exactly one token, as one that loaded the prompt does. Under load batches differ in shape and may
+round differently, so KV bytes are compared instead.
 """
 
 import collections
@@ -20,17 +21,21 @@ import torch
 
 from kvsdk.config import transfer_config
 from kvsdk.demo.models import make_llama_1b
-from kvsdk.demo.servers import free_port, vllm_server, wait_all_healthy
+from kvsdk.demo.servers import HOST, free_port, vllm_server, wait_all_healthy
+from kvsdk.transfer_params import announce_params
 
 DEVICES = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.servers,
-    pytest.mark.skipif(DEVICES < 2, reason=f"needs 2 CUDA devices, and {DEVICES} are here"),
+    pytest.mark.skipif(not DEVICES, reason="needs a CUDA device"),
 ]
 
 SUPPORT = pathlib.Path(__file__).parents[1] / "support"
 BLOCK = 16
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+FULL_GRAPHS = ("--no-enforce-eager", "--compilation-config", json.dumps(GRAPHS))
+PIPES = ["peer", "nccl"] if DEVICES > 1 else ["peer"]
 
 
 def prompt(length, seed):
@@ -38,15 +43,17 @@ def prompt(length, seed):
 
 
 class Fleet:
-    def __init__(self, folder):
+    def __init__(self, folder, pipe):
+        self.pipe, other = pipe, "1" if DEVICES > 1 else "0"
         self.record = folder / "record"
         self.record.touch()
-        port = free_port()
+        port = self.port = free_port()
         model = make_llama_1b(folder / "model", device="cuda:0")
         torch.cuda.empty_cache()
         env = {"PYTHONPATH": f"{SUPPORT}:{os.environ.get('PYTHONPATH', '')}", "KVSDK_TEST_RECORD": str(self.record)}
 
         def start(name, gpu, role, connector, **extra):
+            extra |= {"pipe": pipe, "announce_wait": 10.0}
             config = {
                 "kv_connector": f"under_test:{connector}",
                 "kv_connector_module_path": "kvsdk.vllm.connectors",
@@ -62,12 +69,13 @@ class Fleet:
                 env=env,
                 max_model_len=8192,
                 blocks=8192,
-                args=["--gpu-memory-utilization", "0.3"],
+                # Chunks, so that an announced prompt has something to stream.
+                args=["--gpu-memory-utilization", "0.2", "--max-num-batched-tokens", "2048", *FULL_GRAPHS],
             )
 
         self.prefill = start("prefill", "0", "kv_producer", "RecordingConnector")
-        self.decode = start("decode", "1", "kv_consumer", "RecordingConnector")
-        self.flipping = start("flipping", "1", "kv_consumer", "FlippingConnector", verify=False)
+        self.decode = start("decode", other, "kv_consumer", "RecordingConnector")
+        self.flipping = start("flipping", other, "kv_consumer", "FlippingConnector", verify=False)
         self.servers = [self.prefill, self.decode, self.flipping]
 
     def hand_over(self, tokens, max_tokens, server=None):
@@ -78,9 +86,9 @@ class Fleet:
         return (server or self.decode).metrics()["vllm:external_prefix_cache_hits_total"]
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    one = Fleet(tmp_path_factory.mktemp("servers"))
+@pytest.fixture(scope="module", params=PIPES)
+def fleet(tmp_path_factory, request):
+    one = Fleet(tmp_path_factory.mktemp("servers"), request.param)
     try:
         wait_all_healthy(one.servers, 300)
         yield one
@@ -93,9 +101,9 @@ def fleet(tmp_path_factory):
                 pathlib.Path(kept, server.log.name).write_text(server.log.read_text(errors="replace"))
 
 
-def test_the_log_says_nccl(fleet):
+def test_the_log_says_which_pipe(fleet):
     for server in fleet.servers:
-        assert "moves KV blocks over nccl" in server.log.read_text()
+        assert f"moves KV blocks over {fleet.pipe}" in server.log.read_text()
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 10, 63, 250])
@@ -106,6 +114,23 @@ def test_the_same_tokens_as_a_server_that_answers_from_its_own_prefix_cache(flee
     before = fleet.external()
     assert fleet.hand_over(tokens, 24) == alone
     assert fleet.external() - before == len(tokens)
+
+
+@pytest.mark.parametrize("length", [1, 40, 2500, 7000])
+def test_announced_prompts_stream_while_they_are_computed(fleet, length):
+    """The second time both servers have most of it in their prefix caches."""
+    for turn in (1, 2):
+        tokens = prompt(length, f"announced {length}") + prompt(3 * BLOCK + 1, turn)
+        ours, theirs = announce_params(f"early-{fleet.pipe}-{length}-{turn}", HOST, fleet.port)
+        before = fleet.external()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(fleet.prefill.complete, tokens, max_tokens=1, kv_transfer_params=ours)
+            second = pool.submit(fleet.decode.complete, tokens, max_tokens=24, kv_transfer_params=theirs)
+            first.result()
+            answer = second.result()["choices"][0]["token_ids"]
+        came = fleet.external() - before
+        assert came == (len(tokens) if turn == 1 else len(tokens) - length // BLOCK * BLOCK)
+        assert fleet.hand_over(tokens, 24) == answer
 
 
 def test_under_load_the_kv_bytes_are_the_producers(fleet):
@@ -123,7 +148,7 @@ def test_under_load_the_kv_bytes_are_the_producers(fleet):
         side, transfer, first, *hashes = line.split()
         if side == "kept":
             kept[transfer] = hashes
-        else:
+        elif not transfer.startswith("early-"):  # those grow, and are recorded on one side alone
             loaded.append((transfer, int(first), hashes))
     blocks = collections.Counter()
     for transfer, first, hashes in loaded:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import select
+import threading
 import time
 from typing import Any
 
@@ -19,6 +22,46 @@ def zmq_context() -> zmq.Context[Any]:
     return zmq.Context()
 
 
+class Bell:
+    """Wakes the one thread that waits for it, or for a `Channel` that has it; rung from any thread.
+
+    Whoever is woken looks for what there is to do: rings that come before the look count once.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+
+    def ring(self) -> None:
+        """Nothing once it is closed."""
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def wait(self, timeout: float) -> None:
+        """Until it rings, at most `timeout` seconds."""
+        self._poll.poll(max(0, int(timeout * 1000)))
+        self.heed()
+
+    def heed(self) -> None:
+        """Forget its rings."""
+        try:
+            os.eventfd_read(self._fd)
+        except BlockingIOError:
+            return
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+
 class Channel:
     """Messages of `WORKER_WIRE` between two threads of two processes.
 
@@ -27,9 +70,12 @@ class Channel:
         bind_ip: where to listen, on an ephemeral port, when there is no address.
         heartbeat: seconds between libzmq's own pings; a peer that answers none for three times as long is gone. It
             covers a host that vanishes and closes nothing.
+        bell: ends a `poll` early. The channel does not own it.
     """
 
-    def __init__(self, *, address: str | None = None, bind_ip: str = "", heartbeat: float = 5.0):
+    def __init__(
+        self, *, address: str | None = None, bind_ip: str = "", heartbeat: float = 5.0, bell: Bell | None = None
+    ):
         self._socket = zmq_context().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * heartbeat))
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(3000 * heartbeat))
@@ -47,9 +93,11 @@ class Channel:
         except zmq.ZMQError:
             self._close_sockets()
             raise
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
+        # Not a zmq.Poller, which takes longer than the rest of a short wait.
+        self._poll = select.poll()
+        self._bell, self._bell_fd = bell, bell.fileno() if bell is not None else -1
+        for fd in (self._socket.fileno(), self._monitor.fileno(), *([bell] if bell is not None else [])):
+            self._poll.register(fd, select.POLLIN)
         self._gone = False
         self._closed = False
 
@@ -61,22 +109,37 @@ class Channel:
         except zmq.Again as error:
             raise PeerGone(f"{self.address} takes no more messages") from error
 
+    def offer(self, kind: str, **fields: Any) -> bool:
+        """Send what the peer can do without. False if there is no room for it; raises PipeClosed after `close`."""
+        try:
+            self.send(kind, **fields)
+        except PeerGone:
+            return False
+        return True
+
     def poll(self, timeout: float) -> bool:
-        """Whether a message is there, after at most `timeout` seconds. Raises PeerGone once the peer is and all it sent
-        was read.
+        """Whether a message is there, after at most `timeout` seconds, or when the bell rings. Raises PeerGone once the
+        peer is and all it sent was read.
         """
         self._check()
-        ready = dict(self._poller.poll(max(0, int(timeout * 1000))))
-        if self._socket in ready:
-            return True
-        if self._monitor in ready:
-            recv_monitor_message(self._monitor)
-            self._gone = True
-        if self._gone:
-            if self._socket.poll(0):
+        until = time.monotonic() + timeout
+        while True:
+            # The descriptors say that there may be something; whether there is, only this does.
+            if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 return True
-            raise PeerGone(f"{self.address} closed the connection")
-        return False
+            if self._monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                recv_monitor_message(self._monitor)
+                self._gone = True
+                continue
+            if self._gone:
+                raise PeerGone(f"{self.address} closed the connection")
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            for fd, _ in self._poll.poll(1000 * left):
+                if fd == self._bell_fd:
+                    self._bell.heed()
+                    return False
 
     def recv(self, deadline: float) -> tuple[str, dict[str, Any]]:
         """The next message.

@@ -19,11 +19,11 @@ import torch
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
-from kvsdk.connectors.pynccl.channel import Channel
+from kvsdk.connectors.pynccl.channel import Bell, Channel
 from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, chunk_blocks, cut
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
-from kvsdk.kernels import BlockStore, PeerCache
+from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
 from kvsdk.pipe import OpenWindow, Pipe, open_window
 
 logger = logging.getLogger("kvsdk.pynccl")
@@ -36,6 +36,10 @@ OFFER_TIMEOUT = 10.0
 
 WRITERS = 2
 """Threads that digest and write what one producer sends, on a CPU: one chunk is digested while another is written."""
+
+KNOWN_BLOCKS, KNOWN_OFFERS = 1 << 20, 4096
+"""Of how many blocks and offers, that a producer told of and nobody has loaded yet, ids and digests are kept: 12 MiB on
+the host and 20 on the device at most. The oldest offers go first; a load of one of them asks."""
 
 IDLE_SECONDS = 120.0
 """A pair that loads nothing for so long is closed, with its memory and its thread; the next load opens a new one."""
@@ -75,6 +79,67 @@ class _Read:
         return len(self.task.blocks[0])
 
 
+@dataclasses.dataclass
+class _Told:
+    """What a producer told of an offer: its first blocks' ids and digests; and those that the device was told of."""
+
+    total: int
+    ids: np.ndarray
+    digests: np.ndarray
+    chosen: PeerBlocks | None = None
+
+    @property
+    def whole(self) -> bool:
+        return len(self.ids) == self.total
+
+
+class _Known:
+    """Where the blocks of a producer's offers lie and what their digests are, as it told unasked: for a window.
+
+    Args:
+        choose: tells the device: `choose(ids, digests)`.
+    """
+
+    def __init__(self, choose: Callable[[np.ndarray, np.ndarray], PeerBlocks]):
+        self._choose = choose
+        self._offers: collections.OrderedDict[str, _Told] = collections.OrderedDict()
+        self._blocks = 0
+
+    def add(self, transfer_id: str, total: int, first: int, ids: np.ndarray, digests: np.ndarray) -> None:
+        """More of an offer of `total` blocks, from its block `first` on; nothing where what comes before it is not
+        known."""
+        if first == 0:
+            self.drop(transfer_id)
+            self._offers[transfer_id] = _Told(total, ids[:0], digests[:0])
+        told = self._offers.get(transfer_id)
+        if told is None or len(told.ids) != first:
+            return
+        told.ids, told.digests = np.concatenate([told.ids, ids]), np.concatenate([told.digests, digests])
+        self._blocks += len(ids)
+        while self._blocks > KNOWN_BLOCKS or len(self._offers) > KNOWN_OFFERS:
+            self.drop(next(iter(self._offers)))
+        if told.whole:
+            told.chosen = self._choose(told.ids, told.digests)
+
+    def get(self, transfer_id: str, more_than: int) -> PeerBlocks | None:
+        """The first blocks of an offer, if more than so many are known."""
+        told = self._offers.get(transfer_id)
+        if told is None or len(told.ids) <= more_than:
+            return None
+        if told.chosen is None or told.chosen.count < len(told.ids):
+            told.chosen = self._choose(told.ids, told.digests)
+        return told.chosen
+
+    def whole(self, transfer_id: str) -> PeerBlocks | None:
+        """All blocks of an offer, if all are known."""
+        told = self._offers.get(transfer_id)
+        return told.chosen if told is not None and told.whole else None
+
+    def drop(self, transfer_id: str) -> None:
+        told = self._offers.pop(transfer_id, None)
+        self._blocks -= len(told.ids) if told is not None else 0
+
+
 class Fetcher:
     """Loads from one producer's worker, until it has had nothing to do for `IDLE_SECONDS`.
 
@@ -104,7 +169,8 @@ class Fetcher:
         self._store, self._kinds, self._join, self._verify, self._counters = store, list(kinds), join, verify, counters
         self._room = chunk_blocks(staging_bytes, store.staging_bytes(1))
         self._chunk = self._room
-        self._tasks: queue.SimpleQueue[LoadTask | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[LoadTask] = queue.SimpleQueue()
+        self._bell = Bell()
         self._reads: collections.deque[_Read] = collections.deque()  # under way; the thread's alone
         self._lock = threading.Lock()
         self._ended = False  # nothing is queued any more
@@ -113,7 +179,10 @@ class Fetcher:
         self._window: OpenWindow | None = None
         self._peer: PeerCache | None = None
         self._channel: Channel | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._known = _Known(self._choose)
         self._wrong = store.new_wrong(self._room)
+        self._wrong_bytes = self._wrong.numpy()
         # On a CPU, where a thread that digests and writes is slower than what feeds it.
         self._writers = ThreadPoolExecutor(WRITERS, "kvsdk-write") if store.device.type == "cpu" else None
         self._read_id = 0
@@ -123,9 +192,11 @@ class Fetcher:
     def load(self, task: LoadTask) -> bool:
         """Queue a load; never waits. False when this fetcher has ended: the load is for another one."""
         with self._lock:
-            if not self._ended:
-                self._tasks.put(task)
-            return not self._ended
+            if self._ended:
+                return False
+            self._tasks.put(task)
+        self._bell.ring()
+        return True
 
     @property
     def ended(self) -> bool:
@@ -134,7 +205,7 @@ class Fetcher:
     def _run(self) -> None:
         reason: Exception = KVError("the worker closes")
         try:
-            with self._streams.own():
+            with self._streams.own() as self._stream:
                 while not self._stop.is_set():
                     if not self._take_new():
                         return
@@ -152,6 +223,7 @@ class Fetcher:
             if self._writers is not None:
                 self._writers.shutdown()
             self._fail_queued(reason)
+            self._bell.close()
 
     def _end(self, *, only_if_idle: bool = False) -> bool:
         with self._lock:
@@ -160,15 +232,43 @@ class Fetcher:
 
     def _take_new(self) -> bool:
         """Take over what was queued; waits for it when there is nothing else to do. False when the thread is to end."""
+        idle = time.monotonic() + IDLE_SECONDS
         while True:
-            try:
-                task = self._tasks.get(timeout=IDLE_SECONDS) if not self._reads else self._tasks.get_nowait()
-            except queue.Empty:
-                return bool(self._reads) or not self._end(only_if_idle=True)
-            if task is None:
+            while not self._tasks.empty():
+                task = self._tasks.get_nowait()
+                if not task.ended:
+                    self._reads.append(_Read(task))
+            if self._reads or self._stop.is_set():
                 return True
-            if not task.ended:
-                self._reads.append(_Read(task))
+            left = idle - time.monotonic()
+            if left > 0:
+                self._idle(left)
+            elif self._end(only_if_idle=True):
+                return False
+
+    def _idle(self, timeout: float) -> None:
+        """Wait for the bell, and hear meanwhile what the producer tells unasked."""
+        if self._channel is None:
+            self._bell.wait(timeout)
+            return
+        try:
+            if self._channel.poll(timeout):
+                self._note(*self._channel.recv(time.monotonic() + 1.0))
+        except KVError as error:
+            logger.info("the pair with %s ends: %s", self.address, error)
+            self._disconnect()
+
+    def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        """Hear what the producer tells unasked: blocks that can be read in place."""
+        if kind != "digested" or self._peer is None:
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        total, first, ids, digests = (fields[name] for name in ("total", "first", "ids", "digests"))
+        count, rest = divmod(len(ids), 4)
+        if rest or not count or len(digests) != 8 * count or not 0 <= first <= total - count:
+            raise ProtocolError(f"{self.address} tells of {len(ids)} bytes of ids, {len(digests)} of digests")
+        if self._verify:
+            told = np.frombuffer(digests, "<u8").astype(np.uint64)
+            self._known.add(fields["transfer_id"], total, first, self._ids_of(ids), told)
 
     def _fail_queued(self, error: Exception) -> None:
         for read in self._reads:
@@ -178,15 +278,16 @@ class Fetcher:
                 task = self._tasks.get_nowait()
             except queue.Empty:
                 return
-            if task is not None:
-                _fail(task, error)
+            _fail(task, error)
 
     def _go_on(self, read: _Read) -> bool:
         """Get what there is of a load now. False when it has ended."""
         task = read.task
-        if read.began is None:
-            read.began = time.monotonic()
         try:
+            if read.began is None:
+                read.began = time.monotonic()
+                if self._at_once(read):
+                    return False
             if not task.ended:
                 self._connect_if_needed(task.deadline)
                 if self._fetch(read):
@@ -200,13 +301,32 @@ class Fetcher:
             logger.exception("loading from %s failed", self.address)
             self._disconnect()
             _fail(task, error)
+        self._known.drop(task.source.transfer_id)
         self._counters.add("load_seconds", time.monotonic() - read.began)
         return False
+
+    def _at_once(self, read: _Read) -> bool:
+        """Load all blocks of a load of which the producer has told, by one kernel and without a word to it. False if
+        they are not known, or are not what they should be. Between the model's thread and that kernel every microsecond
+        shows in small loads."""
+        task, count = read.task, read.total
+        known = self._known.whole(task.source.transfer_id)
+        if known is None or task.first_block + count > known.count:
+            return False
+        if not self._read_known(read, known, task.first_block, count):
+            return False
+        self._finish(read)
+        self._known.drop(task.source.transfer_id)
+        self._counters.add("load_seconds", time.monotonic() - read.began)
+        self._read_id += 1
+        self._took(count)
+        return True
 
     def _connect_if_needed(self, deadline: float) -> None:
         if self._channel is not None:
             try:
-                self._channel.poll(0)
+                while self._channel.poll(0):
+                    self._note(*self._channel.recv(deadline))
                 return
             except KVError:
                 self._disconnect()
@@ -241,7 +361,7 @@ class Fetcher:
         if not 0 < fields["chunk"] <= self._room:
             raise ProtocolError(f"{self.address} sends messages of {fields['chunk']} blocks")
         self._chunk = fields["chunk"]
-        self._channel = Channel(address=fields["control"])
+        self._channel = Channel(address=fields["control"], bell=self._bell)
         if kind == "peer":
             self._window = open_window(fields["invite"], self._store.layout, self._store.device)
             self._peer = self._store.peer(self._window.layout, self._window.addresses, self._window)
@@ -254,12 +374,19 @@ class Fetcher:
         assert self._channel is not None
         task, source = read.task, read.task.source
         self._read_id += 1
+        first, count = task.first_block + read.received, read.total - read.received
+        known = self._known.get(source.transfer_id, first)
+        if known is not None:
+            right = self._read_known(read, known, first, min(count, known.count - first))
+            going = read.received < read.total or self._finish(read)
+            self._took(right)
+            return going
         self._channel.send(
             "read",
             read_id=self._read_id,
             transfer_id=source.transfer_id,
-            first=task.first_block + read.received,
-            count=read.total - read.received,
+            first=first,
+            count=count,
             timeout=max(0.0, task.deadline - time.monotonic()),
             wait=PART_WAIT,
         )
@@ -269,25 +396,29 @@ class Fetcher:
             if not read.known and time.monotonic() > read.began + OFFER_TIMEOUT:
                 raise KVError(f"{self.address} has no offer {source.transfer_id}")
             return True
+        right = 0
         if kind == "failed":
             read.reason = KVError(f"{self.address}: {fields['reason']}")
         elif self._window is not None:
-            self._read_in_place(read, kind, fields)
+            right = self._read_told(read, kind, fields)
         else:
             self._receive(read, kind, fields)
         if read.stopped:
             raise TaskEnded(f"load of request {task.request_id}")
-        if read.reason is None and read.received < read.total:
-            return True
-        bad = np.concatenate([*read.bad, np.arange(read.received, read.total)])
-        if len(bad):
-            _fail(
-                task, read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests"), bad
-            )
-        else:
-            self._counters.add("loaded_blocks", read.total)
-            self._counters.add("loaded_bytes", self._store.staging_bytes(read.total))
+        going = (read.reason is None and read.received < read.total) or self._finish(read)
+        self._took(right)
+        return going
+
+    def _finish(self, read: _Read) -> bool:
+        """End a load of which no more will come."""
+        task = read.task
+        if not read.bad and read.received == read.total:
+            self._counters.add_all(loaded_blocks=read.total, loaded_bytes=self._store.staging_bytes(read.total))
             task.done()
+        else:
+            bad = np.concatenate([*read.bad, np.arange(read.received, read.total)])
+            reason = read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests")
+            _fail(task, reason, bad)
         return False
 
     def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
@@ -298,25 +429,51 @@ class Fetcher:
 
     # ---- a window
 
-    def _read_in_place(self, read: _Read, kind: str, fields: dict[str, Any]) -> None:
+    def _ids_of(self, told: bytes) -> np.ndarray:
+        """Ids of the producer's blocks, from a message."""
+        if len(told) % 4:
+            raise ProtocolError(f"{self.address} sent {len(told)} bytes of block ids")
+        ids = np.frombuffer(told, "<i4").astype(np.int32)
+        if ids.min() < 0 or ids.max() >= self._peer.layout.num_blocks:
+            raise ProtocolError(f"{self.address} names blocks from {ids.min()} to {ids.max()}")
+        return ids
+
+    def _choose(self, ids: np.ndarray, digests: np.ndarray | None, first: int = 0) -> PeerBlocks:
+        """Tell the device of the producer's blocks, from its offer's block `first` on."""
+        positions = np.arange(first, first + len(ids)) if digests is not None else None
+        return self._store.choose(self._peer, ids, positions, digests)
+
+    def _read_known(self, read: _Read, known: PeerBlocks, first: int, count: int) -> int:
+        """Read blocks that the producer told of before. If all match their digests, they are what was offered, whatever
+        has become of the offer; if not, the producer is asked. Returns for how many blocks it is to hear of that."""
+        wrong = self._pull(read.task, read.received, known, first, count)
+        if len(wrong):
+            self._known.drop(read.task.source.transfer_id)
+            return 0
+        read.received += count
+        return count
+
+    def _read_told(self, read: _Read, kind: str, fields: dict[str, Any]) -> int:
+        """Read blocks that the producer told of in answer to a read; returns the same."""
         assert self._channel is not None
         count = len(fields.get("ids", b"")) // 4
         if (
             kind != "blocks"
             or not 0 < count <= read.total - read.received
-            or len(fields["ids"]) != 4 * count
             or (self._verify and len(fields["digests"]) != 8 * count)
         ):
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        ids = np.frombuffer(fields["ids"], "<i4").astype(np.int32)
-        if ids.min() < 0 or ids.max() >= self._peer.layout.num_blocks:
-            raise ProtocolError(f"{self.address} names blocks from {ids.min()} to {ids.max()}")
+        digests = np.frombuffer(fields["digests"], "<u8").astype(np.uint64) if self._verify else None
         try:
-            wrong = self._pull(read.task, read.received, ids, fields["digests"])
+            chosen = self._choose(self._ids_of(fields["ids"]), digests, read.task.first_block + read.received)
+            wrong = self._pull(read.task, read.received, chosen, 0, count)
         except TaskEnded:
             self._channel.send("stop", read_id=self._read_id)
             raise
-        # Before the blocks count, and before a difference is taken for damage: did they stay what they were?
+        if self._verify and not len(wrong):
+            read.received += count
+            return count
+        # Before unchecked blocks count, and before a difference is taken for damage: did they stay what they were?
         self._channel.send("confirm", read_id=self._read_id)
         kind, fields = self._hear(read.task)
         if kind == "failed":
@@ -326,24 +483,26 @@ class Fetcher:
         else:
             self._damaged(read, read.received, wrong)
             read.received += count
+        return 0
 
-    def _pull(self, task: LoadTask, start: int, ids: np.ndarray, digests: bytes) -> np.ndarray:
-        """Copy blocks out of the window; returns the indices of those that are not what they should be."""
-        n, check = len(ids), {}
-        block_ids, first = task.blocks[0][start : start + n], task.first_block + start
-        if self._verify:
-            check = {
-                "positions": np.arange(first, first + n),
-                "expected": np.frombuffer(digests, "<u8").astype(np.uint64),
-                "wrong": self._store.new_wrong(n),
-            }
+    def _took(self, count: int) -> None:
+        if count and self._channel is not None:
+            self._channel.send("took", read_id=self._read_id, count=count)
+
+    def _pull(self, task: LoadTask, start: int, chosen: PeerBlocks, first: int, count: int) -> np.ndarray:
+        """Copy blocks out of the window, from the `first` of those chosen to the task's `start`; returns the indices of
+        those that are not what they should be."""
+        if count > len(self._wrong_bytes):
+            self._wrong = self._store.new_wrong(2 * count)
+            self._wrong_bytes = self._wrong.numpy()
+        block_ids, fence, stream = task.order.blocks[0][start : start + count], task.fence, self._stream
         with task.using():
-            if task.fence is not None:
-                torch.cuda.current_stream().wait_event(task.fence)
-            self._store.pull(self._peer, ids, block_ids, **check)
-            if self._store.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
-        return np.flatnonzero(check["wrong"].numpy()) if check else np.empty(0, np.int64)
+            if stream is not None and fence is not None:
+                stream.wait_event(fence)
+            self._store.pull(chosen, block_ids, first=first, wrong=self._wrong if self._verify else None)
+            if stream is not None:
+                stream.synchronize()
+        return self._wrong_bytes[:count].nonzero()[0] if self._verify else np.empty(0, np.int64)
 
     # ---- a stream
 
@@ -366,6 +525,9 @@ class Fetcher:
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
         kind, fields = self._channel.recv(task.deadline)
+        while kind == "digested":
+            self._note(kind, fields)
+            kind, fields = self._channel.recv(task.deadline)
         if fields.get("read_id") != self._read_id:
             raise ProtocolError(f"{self.address} sent {kind} of another read")
         return kind, fields
@@ -436,6 +598,7 @@ class Fetcher:
     def _disconnect(self) -> None:
         channel, pipe, window = self._channel, self._pipe, self._window
         self._channel = self._pipe = self._window = self._peer = None
+        self._known = _Known(self._choose)
         if channel is not None:
             try:
                 channel.send("bye")
@@ -450,7 +613,7 @@ class Fetcher:
     def stop(self) -> None:
         """Begin to close, without waiting: what runs and what is queued fails."""
         self._stop.set()
-        self._tasks.put(None)
+        self._bell.ring()
         pipe = self._pipe
         if pipe is not None:
             pipe.abort()

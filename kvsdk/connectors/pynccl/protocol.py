@@ -17,7 +17,7 @@ from kvsdk.pipe import SLOTS
 _ID = Field(str, limit=64)
 
 WORKER_WIRE = Wire(
-    "kvsdk.worker/3",
+    "kvsdk.worker/4",
     {
         # consumer -> producer, to the worker's listener; answered once
         "open": {"pipe": _ID, "timeout": float, "chunk": int},
@@ -38,9 +38,11 @@ WORKER_WIRE = Wire(
         },
         "stop": {"read_id": int},
         "bye": {},
-        # the same with a window: mapped; and may what was read count?
+        # the same with a window: mapped; may what was read count, which was not checked or differs; so many blocks were
+        # read and are right
         "opened": {},
         "confirm": {"read_id": int},
+        "took": {"read_id": int, "count": int},
         # producer -> consumer: none of these blocks is there yet, nor perhaps the offer itself
         "later": {"read_id": int, "known": bool},
         # so many blocks come now. `row` goes before a row of the pipe with so many of them, `chunk` before each message
@@ -49,9 +51,17 @@ WORKER_WIRE = Wire(
         "row": {"read_id": int, "count": int},
         "chunk": {"read_id": int, "digests": bytes},
         "failed": {"read_id": int, "reason": str},
-        # the same with a window: as many block ids as there are now, 4 bytes each, and digests; the offer still stands
+        # the same with a window: as many block ids as there are now, 4 bytes each, and digests; the offer still stands;
+        # and, unasked, blocks of an offer as soon as they are digested
         "blocks": {"read_id": int, "ids": bytes, "digests": bytes},
         "stands": {"read_id": int},
+        "digested": {
+            "transfer_id": Field(str, limit=1024),
+            "total": int,
+            "first": int,
+            "ids": bytes,
+            "digests": bytes,
+        },
     },
 )
 

@@ -1,0 +1,226 @@
+"""Reads of a producer's memory in place: what the producer tells ahead, and what becomes of it.
+
+Two worker halves in one process, which is where a CPU's memory can be read in place.
+"""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+from support.caches import make_cache
+
+from kvsdk.config import parse_options
+from kvsdk.connector.interface import CacheGeometry, Context
+from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
+from kvsdk.connectors.pynccl import PyNcclWorker, fetching, serving
+from kvsdk.connectors.pynccl.channel import Channel
+from kvsdk.connectors.pynccl.protocol import Source
+from kvsdk.errors import ProtocolError
+
+POOL, BLOCKS = 64, 12
+
+
+class Pair:
+    """A producer's worker half and a consumer's, which are paired."""
+
+    def __init__(self, **options):
+        self.source, self.target = (make_cache("HND", blocks=POOL, content=64, seed=seed) for seed in (1, 2))
+        self.producer = self.half("kv_producer", self.source, options)
+        self.consumer = self.half("kv_consumer", self.target, options)
+        self.rng = np.random.default_rng(5)
+        self.keep("first")
+        assert self.load("first").state is TaskState.DONE
+        (self.fetcher,) = self.consumer._fetchers.values()
+
+    def half(self, role, cache, options):
+        layout = cache.layout()
+        config = {"kv_connector": "PyNcclConnector", "kv_role": role}
+        config["kv_connector_extra_config"] = {"pipe": "peer", **options}
+        geometry = CacheGeometry(cache.block_size, cache.num_blocks, layout.block_bytes)
+        half = PyNcclWorker(Context(parse_options(config), role, 0, 1, {}, geometry))
+        half.register(cache.tensors, layout)
+        return half
+
+    def keep(self, hold, count=BLOCKS):
+        self.ids = self.rng.permutation(POOL)[:count].astype(np.int32)
+        self.producer.kept(hold, (self.ids,))
+
+    def told(self, hold):
+        """Wait until the consumer knows all of an offer."""
+        deadline = time.monotonic() + 10
+        while self.fetcher._known.whole(hold) is None:
+            assert time.monotonic() < deadline, "the producer has not told of its offer"
+            time.sleep(1e-3)
+
+    def load(self, hold, first=0):
+        self.into = self.rng.permutation(POOL)[: len(self.ids) - first].astype(np.int32)
+        for i in range(3):
+            self.target.tensors[f"layers.{i}"].fill_(0)
+        source = Source((self.producer.handshake()["address"],), hold)
+        tokens = len(self.ids) * self.target.block_size
+        task = LoadTask(LoadOrder(1, "r", (self.into,), first, tokens, source, 10.0), time.monotonic() + 10.0)
+        self.consumer.load(task)
+        while not task.ended:
+            time.sleep(1e-4)
+        return task
+
+    def same(self, first=0, but=()):
+        right = np.setdiff1d(np.arange(len(self.into)), but)
+        for i in range(3):
+            got, wanted = self.target.blocks(i)[self.into[right]], self.source.blocks(i)[self.ids[first:][right]]
+            np.testing.assert_array_equal(got, wanted)
+
+    def write_over(self, index, layer=1):
+        self.source.tensors[f"layers.{layer}"][int(self.ids[index])] *= 2
+
+    def close(self):
+        self.producer.close()
+        self.consumer.close()
+
+
+@pytest.fixture
+def pair(no_thread_left):
+    pair = Pair()
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Kinds of the messages that either worker sends."""
+    kinds, send = [], Channel.send
+
+    def noted(self, kind, **fields):
+        kinds.append(kind)
+        send(self, kind, **fields)
+
+    monkeypatch.setattr(Channel, "send", noted)
+    return kinds
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_an_offer_that_was_told_of_is_read_without_a_word_before(pair, sent, first):
+    pair.keep("x")
+    pair.told("x")
+    del sent[:]
+    assert pair.load("x", first).state is TaskState.DONE
+    pair.same(first)
+    deadline = time.monotonic() + 5
+    while sent != ["took"]:
+        assert sent in ([], ["took"]) and time.monotonic() < deadline, sent
+    assert pair.fetcher._known.whole("x") is None, "what was loaded is still remembered"
+    moved = BLOCKS + BLOCKS - first
+    while pair.producer._counters._values.get("sent_bytes") != moved * pair.source.layout().block_bytes:
+        assert time.monotonic() < deadline, pair.producer._counters._values
+
+
+def test_an_offer_that_is_digested_piece_by_piece_is_put_together(pair, sent, monkeypatch):
+    monkeypatch.setitem(serving.DIGEST_BYTES, "cpu", 5 * pair.source.layout().block_bytes)
+    pair.keep("x")
+    pair.told("x")
+    assert sent.count("digested") in (1, 2, 3)
+    del sent[:]
+    assert pair.load("x").state is TaskState.DONE
+    pair.same()
+    assert "read" not in sent
+
+
+def test_what_was_told_of_an_offer_that_is_over_gives_no_wrong_block(pair):
+    pair.keep("x")
+    pair.told("x")
+    pair.producer.let_go("x")
+    pair.write_over(3)
+    task = pair.load("x")
+    assert task.state is TaskState.FAILED and "has ended" in str(task.error)
+    assert "corrupt_blocks" not in pair.consumer.take_counters()
+    pair.keep("y")
+    assert pair.load("y").state is TaskState.DONE
+    pair.same()
+
+
+def test_of_an_offer_that_was_told_of_and_is_damaged_the_damaged_block_fails(pair):
+    pair.keep("x")
+    pair.told("x")
+    pair.write_over(3)
+    pair.write_over(8, layer=2)
+    task = pair.load("x")
+    assert task.state is TaskState.FAILED
+    assert sorted(task.failed_blocks.tolist()) == sorted(pair.into[[3, 8]].tolist())
+    pair.same(but=[3, 8])
+    assert pair.consumer.take_counters()["corrupt_blocks"] == 2
+
+
+def test_offers_that_nobody_loads_are_forgotten_and_can_be_loaded_all_the_same(pair, sent, monkeypatch):
+    monkeypatch.setattr(fetching, "KNOWN_BLOCKS", 3 * BLOCKS)
+    kept = {}
+    for i in range(5):
+        pair.keep(f"{i}")
+        kept[f"{i}"] = pair.ids
+        pair.told(f"{i}")
+    assert list(pair.fetcher._known._offers) == ["2", "3", "4"] and pair.fetcher._known._blocks == 3 * BLOCKS
+    monkeypatch.setattr(fetching, "KNOWN_OFFERS", 2)
+    pair.keep("5", count=1)
+    pair.told("5")
+    assert list(pair.fetcher._known._offers) == ["4", "5"]
+    del sent[:]
+    pair.ids = kept["0"]
+    assert pair.load("0").state is TaskState.DONE
+    pair.same()
+    assert "read" in sent
+
+
+def test_without_checks_nothing_is_told_and_every_read_is_confirmed(sent, no_thread_left):
+    pair = Pair(verify=False)
+    try:
+        pair.keep("x")
+        assert pair.load("x").state is TaskState.DONE
+        pair.same()
+        assert "digested" not in sent and sent.count("confirm") == sent.count("stands") == 2
+    finally:
+        pair.close()
+
+
+def test_a_producer_that_ends_takes_what_it_told_along(pair, caplog):
+    pair.keep("x")
+    pair.told("x")
+    with caplog.at_level(logging.INFO):
+        pair.producer.close()
+        deadline = time.monotonic() + 10
+        while pair.fetcher._known.whole("x") is not None:
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+    assert any("the pair with" in record.getMessage() for record in caplog.records)
+
+
+TOLD = {"transfer_id": "x", "total": 3, "first": 0, "ids": bytes(12), "digests": bytes(24)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("blocks", {}),
+        ("digested", {"ids": b"", "digests": b""}),
+        ("digested", {"ids": bytes(11)}),
+        ("digested", {"ids": bytes(11), "digests": bytes(22)}),
+        ("digested", {"digests": bytes(16)}),
+        ("digested", {"first": -1}),
+        ("digested", {"first": 1}),
+        ("digested", {"total": 2}),
+        ("digested", {"ids": np.array([0, POOL, 1], "<i4").tobytes()}),
+        ("digested", {"ids": np.array([0, -1, 1], "<i4").tobytes()}),
+    ],
+)
+def test_what_no_producer_tells_is_refused(pair, kind, change):
+    with pytest.raises(ProtocolError):
+        pair.fetcher._note(kind, TOLD | change)
+    pair.fetcher._note("digested", TOLD)
+
+
+def test_more_of_an_offer_whose_beginning_is_not_known_is_nothing(pair):
+    pair.fetcher._note("digested", TOLD | {"first": 2, "ids": bytes(4), "digests": bytes(8)})
+    assert pair.fetcher._known.get("x", 0) is None
+    pair.fetcher._note("digested", TOLD | {"ids": bytes(8), "digests": bytes(16)})
+    pair.fetcher._note("digested", TOLD | {"first": 1, "ids": bytes(8), "digests": bytes(16)})
+    assert pair.fetcher._known.get("x", 0).count == 2 and pair.fetcher._known.get("x", 2) is None
+    assert pair.fetcher._known.whole("x") is None
