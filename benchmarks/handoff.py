@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -129,6 +130,12 @@ ON_GPUS = Setup(
     decode_args=(*GPU_ARGS, "--kv-cache-memory-bytes", str(24 << 30)),
     kv_buffer_size=32 << 30,
 )  # fmt: skip
+ON_ONE_GPU = dataclasses.replace(
+    ON_GPUS, rotation=4, kv_buffer_size=12 << 30,
+    # Four servers have to fit: 8,192 and 6,144 blocks.
+    prefill_args=(*GPU_ARGS, "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(16 << 30)),
+    decode_args=(*GPU_ARGS, "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(12 << 30)),
+)  # fmt: skip
 CPU_ARGS = (QUIET, "--block-size", "32", "--max-num-batched-tokens", "512")
 ON_CPU = Setup(
     lengths=(1500, 700, 200), vocabulary=1024, block_size=32, max_model_len=2048, mixed=(50, 400), answers=(1, 8),
@@ -195,7 +202,7 @@ class Run:
         self.pairs: dict[str, Pair] = {}
         self.tallies: dict[str, Tally] = {}
         self._failures: dict[str, int] = {}
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+        given = {name: value.name if isinstance(value, Path) else value for name, value in vars(arguments).items()}
         self.result: dict[str, Any] = {
             "benchmark": "handoff", "arguments": given, "ended": "it was killed", "errors": [], "cut_short": [],
             "timeline": [], "gpus": _gpus(), "said": [], "summary": {}, "samples": [], "mixed": {}, "inter_token": [],
@@ -263,8 +270,8 @@ class Run:
             model = make_llama_8b_shape(self.folder / "model")
         with self._signals.held():
             if not (arguments.no_nixl or arguments.cpu):
-                self._start_pair(model, "nixl", ("0", "1"))
-            self._start_pair(model, "kvsdk", ("1", "0") if arguments.cross else ("0", "1"))
+                self._start_pair(model, "nixl", arguments.gpus)
+            self._start_pair(model, "kvsdk", arguments.gpus[::-1] if arguments.cross else arguments.gpus)
         waiting, deadline = {server.name: server for server in self.servers}, time.monotonic() + min(300.0, self.left)
         while waiting:
             for server in list(waiting.values()):
@@ -649,7 +656,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = parse(argv)
     with Signals() as signals, tempfile.TemporaryDirectory(prefix="kvsdk-handoff-") as folder:
-        run = Run(arguments, ON_CPU if arguments.cpu else ON_GPUS, Path(folder), signals)
+        setup = ON_CPU if arguments.cpu else ON_ONE_GPU if len(set(arguments.gpus)) == 1 else ON_GPUS
+        run = Run(arguments, setup, Path(folder), signals)
         # Requests have deadlines and parts have limits; should they not do, this ends the run while there is time left.
         alarm = threading.Timer(arguments.seconds - STOP_RESERVE * 0.8, os.kill, (os.getpid(), signal.SIGTERM))
         alarm.daemon = True
@@ -687,6 +695,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--gap", type=float, default=0.0,
         help="seconds from one arrival to the next beside decodes, at least (default: none, one after the other)",
     )  # fmt: skip
+    parser.add_argument(
+        "--gpus", type=_gpu_pair, default=("0", "1"), metavar="P,D",
+        help="of the prefill and the decode server; one for both, as 0,0, needs pipe=peer (default: 0,1)",
+    )  # fmt: skip
     parser.add_argument("--pipe", choices=PIPES, default="auto", help="kvsdk's option pipe (default: %(default)s)")
     parser.add_argument("--no-nixl", action="store_true", help="without NixlConnector's pair")
     parser.add_argument(
@@ -709,6 +721,13 @@ def _parts(text: str) -> tuple[str, ...]:
     if unknown := [part for part in chosen if part not in PARTS]:
         raise argparse.ArgumentTypeError(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in chosen)
+
+
+def _gpu_pair(text: str) -> tuple[str, str]:
+    first, comma, second = text.partition(",")
+    if not (first.isdecimal() and comma and second.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two GPUs, as 0,1 is")
+    return first, second
 
 
 def _gpus() -> list[str]:

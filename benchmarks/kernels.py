@@ -75,6 +75,7 @@ def measure(
         store.gather_digest(ids, positions, staging, digests)
         torch.cuda.synchronize()
         expected = digests.numpy().view(np.uint64).copy()
+        plain, checked = store.choose(own, ids), store.choose(own, ids, positions, expected)
         operations: dict[str, Callable[[], object]] = {
             "gather": lambda s=store, t=staging: s.gather(ids, t),
             "scatter": lambda s=store, t=staging: s.scatter(into, t),
@@ -83,10 +84,8 @@ def measure(
             "verify + scatter": lambda s=store, t=staging, e=expected, w=wrong: s.scatter_verified(
                 into, positions, t, e, w
             ),
-            "pull": lambda s=store, p=own: s.pull(p, ids, into),
-            "pull + verify": lambda s=store, p=own, e=expected, w=wrong: s.pull(
-                p, ids, into, positions=positions, expected=e, wrong=w
-            ),
+            "pull": lambda s=store, c=plain: s.pull(c, into),
+            "pull + verify": lambda s=store, c=checked, w=wrong: s.pull(c, into, wrong=w),
         }
         for name, operation in operations.items():
             samples[f"{name}, {count} SMs"] = times(operation, rounds)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.lmcache_gpu --prompts 6 --rounds 2 --out FILE
 
-On two GPUs, with vLLM 0.26.0 and lmcache 0.5.3. The model has the shape of an 8B Llama and random weights, so that each
-prompt of 8,192 tokens has 1 GiB of KV in bfloat16. For each connector and round an `lm://` server of LMCache's and a
-producer on the first GPU are started; the producer computes all prompts and ends; a consumer on the second GPU answers
-each with one token. The first two are not counted: they make memory and connections. The connectors take turns, and a
-third consumer without one says what computing costs. No connector has any of it in its own memory.
+On two GPUs, or on one, with vLLM 0.26.0 and lmcache 0.5.3. The model has the shape of an 8B Llama and random weights,
+so that each prompt of 8,192 tokens has 1 GiB of KV in bfloat16. For each connector and round an `lm://` server of
+LMCache's and a producer on the first GPU are started; the producer computes all prompts and ends; a consumer on the
+last GPU answers each with one token. The first two are not counted: they make memory and connections. The connectors
+take turns, and a third consumer without one says what computing costs. No connector has any of it in its own memory.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks import table, write
 
@@ -127,7 +129,8 @@ def run_round(connector: str, model: Path, num_prompts: int, seed: int, work: Pa
             log = work / f"{connector}-{role}.log"
             command = ["-m", "benchmarks.lmcache_gpu", "--answer", connector, role, str(model)]
             command += ["--prompts", str(num_prompts), "--seed", str(seed)]
-            process = start(command, log, CUDA_VISIBLE_DEVICES="0" if role == "kv_producer" else "1", **environ)
+            gpu = 0 if role == "kv_producer" else torch.cuda.device_count() - 1
+            process = start(command, log, CUDA_VISIBLE_DEVICES=str(gpu), **environ)
             processes.append(process)
             if process.wait(BOOT_SECONDS) != 0:
                 raise RuntimeError(f"{connector} {role} ended badly:\n{log.read_text(errors='replace')[-4000:]}")

@@ -130,10 +130,11 @@ def wait_for_server(server: Process, port: int) -> None:
 
 
 def gpus() -> list[str]:
-    """Two GPUs, or none."""
+    """The producer's GPU and the consumer's; both may have the same one, since they run one after the other."""
     import torch
 
-    return ["0", "1"] if torch.cuda.device_count() >= 2 else ["", ""]
+    count = torch.cuda.device_count()
+    return ["0", str(count - 1)] if count else ["", ""]
 
 
 def run(arguments: argparse.Namespace, work: Path) -> int:
