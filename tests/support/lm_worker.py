@@ -72,7 +72,8 @@ class Worker:
     def save(self, ids, keys, first=0):
         """Hand blocks over that are those of a prompt from block `first` on; `keys` has 16 bytes for each."""
         end = (first + len(ids)) * BLOCK
-        task = SaveTask(SaveOrder(1, "r", (ids,), first, end, keys, 60.0), time.monotonic() + 60, self._fence())
+        order = SaveOrder(1, "r", (ids,), first, end, end, keys, 60.0)
+        task = SaveTask(order, time.monotonic() + 60, self._fence())
         self.half.save(task)
         return task
 
