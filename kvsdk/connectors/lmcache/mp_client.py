@@ -234,16 +234,18 @@ class _Session:
     def _register(self, engine: Any, model: str, value_bytes: int, slots: int) -> np.ndarray:
         """Slots for values of up to so many bytes, each a row; `instances` grows by their number at the server.
 
-        Row 0 is never used: to vLLM, block 0 is the one without content, and the server does not store it.
+        Row 0 is never used: to vLLM, block 0 is the one without content, and the server does not store it. The server
+        copies element by element, which takes less than half the time with 8 bytes an element than with one.
         """
         from lmcache.v1.platform.devices.cpu.shm import CpuShmTensorWrapper
 
-        per_token = -(-value_bytes // self.chunk_tokens)
-        shape = (slots + 1, self.chunk_tokens, per_token)
-        row_bytes, instance, name = self.chunk_tokens * per_token, secrets.randbits(62), f"kvsdk-{secrets.token_hex(8)}"
+        words = -(-value_bytes // (8 * self.chunk_tokens))
+        shape = (slots + 1, self.chunk_tokens, words)
+        row_bytes, instance = 8 * self.chunk_tokens * words, secrets.randbits(62)
+        name = f"kvsdk-{secrets.token_hex(8)}"
         memory = _shared_memory(name, shape[0] * row_bytes, first_used=row_bytes)
         try:
-            tensor = torch.frombuffer(memory, dtype=torch.uint8).view(shape)
+            tensor = torch.frombuffer(memory, dtype=torch.int64).view(shape)
             wrapper = CpuShmTensorWrapper(tensor, f"/{name}")
             future = self.ask("register_kv_cache", instance, [wrapper], model, 1, engine, {}, [])
             self.call(future, time.monotonic() + REGISTER_TIMEOUT)
