@@ -12,16 +12,14 @@ tokens at a time, until the server has answered, and to look the prompt up and r
 default transfer mode, which is the faster one of the two that LMCache has on a CPU.
 
 The rounds take turns. Beside the seconds are those of the processor that this process and the server have spent. Needs
-the extra `lmcache`. The `lm://` server never evicts: a round takes twice the size of its memory. In a virtual machine,
-memory that nobody has touched for a while comes from the host, at up to 3 s a GiB, whoever asks for it. So as much as
-the servers will need is touched before the first round, and given back just before each turn; `--cold` leaves that out.
+the extra `lmcache`. The server is told to forget what was stored after each turn: otherwise it would take ever more
+memory, which in a virtual machine comes from the host at up to 3 s a GiB when nobody has touched it for a while.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import mmap
 import os
 import secrets
 import socket
@@ -43,6 +41,8 @@ from kvsdk.config import parse_options
 from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connector.tasks import LoadOrder, LoadTask, SaveOrder, SaveTask, TaskState
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
+from kvsdk.connectors.lmcache.lm_client import LMServer, piece_name
+from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, Command, encode_request
 from kvsdk.layout import layout_of
 
 LAYERS, HEADS, CONTENT, BLOCK, CHUNK = 32, 8, 256, 16, 256
@@ -71,9 +71,9 @@ class Kvsdk:
 
     def __init__(self, url: str, num_chunks: int):
         self._num_chunks = num_chunks
-        self._caches = new_cache(num_chunks)
-        num_blocks = len(self._caches["layers.0"])
-        layout = layout_of(self._caches, num_blocks=num_blocks, block_size=BLOCK)
+        self.caches = new_cache(num_chunks)
+        num_blocks = len(self.caches["layers.0"])
+        layout = layout_of(self.caches, num_blocks=num_blocks, block_size=BLOCK)
         options = parse_options(
             {"kv_role": "kv_both"},
             extra={
@@ -86,7 +86,7 @@ class Kvsdk:
         )
         cache = CacheGeometry(BLOCK, num_blocks, layout.block_bytes)
         self._worker = LMCacheWorker(Context(options, "bench", 0, 1, {"id": "bench"}, cache))
-        self._worker.register(self._caches, layout)
+        self._worker.register(self.caches, layout)
         self._saved = np.arange(1, 1 + num_chunks * CHUNK // BLOCK, dtype=np.int32)
 
     def store(self, keys: bytes) -> None:
@@ -110,9 +110,7 @@ class Kvsdk:
 
         assert self._worker._loader is not None
         chunks = self._worker._loader._chunks
-        per_chunk = CHUNK // BLOCK
-        ends = np.frombuffer(keys, f"V{KEY_BYTES}")[per_chunk - 1 :: per_chunk].tobytes()
-        chunks.open(ticket, ends, 0, 60.0, answer)
+        chunks.open(ticket, b"".join(_ends(keys)), 0, 60.0, answer)
         assert done.wait(60) and count == [self._num_chunks], count
         return ticket
 
@@ -127,12 +125,29 @@ class Kvsdk:
         assert self._worker._loader is not None
         self._worker._loader._chunks.release(ticket)
 
-    def check(self) -> None:
-        """What was loaded is what was stored."""
-        check(self._caches)
+    def values(self, keys: bytes) -> list[str]:
+        """The names of what an `lm://` server has of these chunks."""
+        assert self._worker._loader is not None
+        chunks, names = self._worker._loader._chunks, []
+        if not isinstance(self._worker._server, LMServer):
+            return []
+        connection = self._worker._server.connect()
+        for key in _ends(keys):
+            name = chunks._names.name(key)
+            header = connection._value(name, time.monotonic() + 10)
+            _, digests = chunks._form.read_header(name, header)
+            names += [name, *(piece_name(name, index, one) for index, one in enumerate(digests))]
+        connection.close()
+        return names
 
     def close(self) -> None:
         self._worker.close()
+
+
+def _ends(keys: bytes) -> list[bytes]:
+    """The keys of chunks, which are those of their last blocks."""
+    step = CHUNK // BLOCK * KEY_BYTES
+    return [keys[at + step - KEY_BYTES : at + step] for at in range(0, len(keys), step)]
 
 
 class LMCacheLM:
@@ -152,6 +167,7 @@ class LMCacheLM:
         shape = (LAYERS, 2, CHUNK, HEADS, CONTENT // 2)
         metadata = LMCacheMetadata("bench", 1, 1, 0, 0, torch.bfloat16, shape)
         self._memory = LocalCPUBackend(config, metadata, "cpu")
+        self._port = port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -192,8 +208,17 @@ class LMCacheLM:
     def wait(self) -> None:
         """What was stored is there."""
 
-    def after(self) -> None:
-        """Nothing is to be cleared away."""
+    def values(self) -> list[str]:
+        """The names of what the server has."""
+        return [key.to_string() for key in self._keys]
+
+    def forget(self, values: list[str]) -> None:
+        """Put a byte in place of each."""
+        with socket.create_connection(("127.0.0.1", self._port)) as one:
+            for name in values:
+                one.sendall(encode_request(Command.PUT, name, 1) + b"0")
+            one.sendall(encode_request(Command.EXIST, values[-1]))
+            assert one.recv(REPLY_BYTES, socket.MSG_WAITALL)
 
     def close(self) -> None:
         self._call(self._client.close())
@@ -274,9 +299,13 @@ class LMCacheMP:
         self._worker.retrieve_events.clear()
         self._scheduler.end_session(request)
 
-    def after(self) -> None:
-        """After a turn of either client: what was loaded is what was stored, and the server's memory is free."""
+    def values(self) -> list[str]:
+        """Nothing has to be named."""
         check(self._worker.kv_caches)
+        return []
+
+    def forget(self, values: list[str]) -> None:
+        """Have it drop everything."""
         self._scheduler.reset_cache()
 
     def close(self) -> None:
@@ -315,20 +344,6 @@ def start_server(kind: str, gib: float) -> tuple[subprocess.Popen[bytes], int]:
             time.sleep(0.1)
 
 
-class Touched:
-    """Memory that the machine has, for the servers to take."""
-
-    def __init__(self, num_bytes: int, pieces: int):
-        self._pieces = [mmap.mmap(-1, num_bytes) for _ in range(pieces)]
-        for piece in self._pieces:
-            np.frombuffer(piece, np.uint8)[:: mmap.PAGESIZE] = 1
-
-    def give_back(self) -> None:
-        """One piece."""
-        if self._pieces:
-            self._pieces.pop().close()
-
-
 class Turns:
     """Times what clients do.
 
@@ -357,35 +372,36 @@ class Turns:
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _our_turn(ours: Kvsdk, turns: Turns, num_chunks: int) -> None:
+def _our_turn(ours: Kvsdk, turns: Turns, num_chunks: int) -> list[str]:
+    """Returns what the server has it under."""
     keys = secrets.token_bytes(num_chunks * (CHUNK // BLOCK) * KEY_BYTES)
     turns.time("kvsdk store", lambda: ours.store(keys))
     ticket = turns.time("kvsdk load", lambda: ours.fetch(keys))
     turns.time("kvsdk into cache", lambda: ours.load(ticket))
-    ours.check()
+    check(ours.caches)
+    return ours.values(keys)
 
 
-def _their_turn(theirs: LMCacheLM | LMCacheMP, turns: Turns, num_chunks: int) -> None:
+def _their_turn(theirs: LMCacheLM | LMCacheMP, turns: Turns, num_chunks: int) -> list[str]:
     turns.time("lmcache store", theirs.store)
     theirs.wait()
     turns.time("lmcache load", theirs.load)
+    return theirs.values()
 
 
-def run(kind: str, num_chunks: int, rounds: int, cold: bool) -> dict[str, Any]:
+def run(kind: str, num_chunks: int, rounds: int) -> dict[str, Any]:
     """Seconds of each round, by client and direction."""
     size = num_chunks * CHUNK_BYTES
     process, port = start_server(kind, 4 * size / 2**30 + 1)
     try:
         ours = Kvsdk(f"{'lm' if kind == 'lm' else 'tcp'}://127.0.0.1:{port}", num_chunks)
         theirs = (LMCacheLM if kind == "lm" else LMCacheMP)(port, num_chunks)
-        touched = Touched(int(1.1 * size), 0 if cold or kind == "mp" else 2 * (rounds + 1))
         turns = Turns(process)
         try:
             for number in range(rounds + 1):
                 for turn in (_our_turn, _their_turn) if number % 2 else (_their_turn, _our_turn):
-                    touched.give_back()
-                    turn(ours if turn is _our_turn else theirs, turns, num_chunks)
-                    theirs.after()
+                    keys = turn(ours if turn is _our_turn else theirs, turns, num_chunks)
+                    theirs.forget(keys)
         finally:
             ours.close()
             theirs.close()
@@ -394,7 +410,7 @@ def run(kind: str, num_chunks: int, rounds: int, cold: bool) -> dict[str, Any]:
         process.wait()
     # The first round makes memory and connections.
     samples = {what: {name: values[1:] for name, values in one.items()} for what, one in turns.samples.items()}
-    return {"server": kind, "cold": cold, "bytes": size, **samples}
+    return {"server": kind, "bytes": size, **samples}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -417,14 +433,13 @@ def report(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=("lm", "mp"), default="lm")
-    parser.add_argument("--cold", action="store_true", help="let the server take memory that the machine may not have")
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     # As vLLM sets it for its workers on GPUs. Two threads that share a busy core with others wait for each other.
     torch.set_num_threads(1)
-    result = run(arguments.server, max(1, int(arguments.gib * 2**30 / CHUNK_BYTES)), arguments.rounds, arguments.cold)
+    result = run(arguments.server, max(1, int(arguments.gib * 2**30 / CHUNK_BYTES)), arguments.rounds)
     print(report(result))
     write(arguments.out, result)
     return 0
