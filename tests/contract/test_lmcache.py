@@ -8,15 +8,17 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from support.lm_server import EXIST, GET, PUT, LMServer
+from support.lm_worker import Worker
 
 from kvsdk.config import parse_options
 from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connectors.lmcache import LMCacheConnector
 from kvsdk.connectors.lmcache.keys import ChunkNames
-from kvsdk.errors import ConfigError
+from kvsdk.errors import ConfigError, DeadlineExceeded
 from kvsdk.layout import layout_of
 from kvsdk.testing import Prompt, Subject, World
 from kvsdk.testing.capabilities import LMCACHE_LM
@@ -576,6 +578,26 @@ def test_blocks_before_a_sliding_window_are_neither_stored_nor_loaded(server, mo
         store(one, Prompt(40, 2))
         assert load(one, Prompt(40, 2)) == 39
         assert one.stats("loads_failed", 1) == 0
+
+
+def test_a_gpu_that_does_not_come_to_it_is_waited_for_until_the_tasks_end(server):
+    class Never:
+        def query(self):
+            return False
+
+    worker = Worker(server.url)
+    try:
+        ids = np.arange(1, 5, dtype=np.int32)
+        task = worker.save(ids, bytes(range(64)), fence=Never())
+        assert worker.half._saver.drain(time.monotonic() + 0.1) is False
+        task.expire(DeadlineExceeded("its time is up"))
+        worker.save(ids, bytes(range(64)))
+        assert worker.stored()
+        assert worker.fetch(bytes(range(64))) == 2
+        assert isinstance(worker.load(ids, fence=Never(), expire_after=0.1).error, DeadlineExceeded)
+        assert worker.load(ids).error is None
+    finally:
+        worker.close()
 
 
 @pytest.mark.parametrize("length", [12, 13, 44])

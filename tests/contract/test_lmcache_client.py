@@ -335,9 +335,9 @@ class Ask(Job):
 
 
 class Client:
-    def __init__(self, port, timeout=0.3, connections=2):
+    def __init__(self, port, timeout=0.3, connections=2, host="127.0.0.1"):
         self.states = []
-        self.server = Watched("127.0.0.1", port, timeout=timeout, on_state=self.states.append)
+        self.server = Watched(host, port, timeout=timeout, on_state=self.states.append)
         self.pool = Pool(self.server, "test", connections)
         self.server.wait_known(2.0)
 
@@ -426,6 +426,38 @@ def test_a_server_that_comes_later_is_found():
     with LMServer(port):
         wait_until(lambda: client.server.up)
         assert client.ask().answer() is False
+    client.close()
+
+
+def test_names_are_looked_up_where_nobody_waits(server, monkeypatch):
+    looked_up, let_go, real = [], threading.Event(), socket.getaddrinfo
+
+    def look_up(host, *arguments, **named):
+        if host != "store":
+            return real(host, *arguments, **named)
+        looked_up.append(threading.current_thread().name)
+        let_go.wait(10.0)
+        return real("127.0.0.1", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client = Client(server.port, host="store")
+    began = time.monotonic()
+    assert isinstance(client.ask().answer(), PeerGone)
+    assert time.monotonic() - began < 1.0
+    let_go.set()
+    wait_until(lambda: client.server.up)
+    assert [job.answer() for job in [client.ask() for _ in range(4)]] == [False] * 4
+    client.close()
+    assert set(looked_up) == {"kvsdk-lmcache-watch"}
+
+
+def test_a_name_that_nobody_has_is_a_server_that_is_down(server, monkeypatch):
+    def look_up(*_arguments, **_named):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client = Client(server.port, host="store")
+    assert not client.server.up
     client.close()
 
 

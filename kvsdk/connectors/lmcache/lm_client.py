@@ -209,6 +209,8 @@ class LMServer(Server):
     def __init__(self, host: str, port: int, *, timeout: float, on_state: Callable[[bool], None] = lambda up: None):
         self._look = threading.Event()
         self._connection: LMConnection | None = None
+        # By name it is looked for in the thread that watches, since the system's look-up knows no deadline.
+        self._numeric = host
         super().__init__(host, port, timeout=timeout, on_state=on_state)
 
     def _ask(self) -> None:
@@ -217,7 +219,7 @@ class LMServer(Server):
             fresh = self._connection is None
             try:
                 if self._connection is None:
-                    self._connection = LMConnection(self.host, self.port, self.timeout)
+                    self._connection = self._find()
                 self._connection.health(time.monotonic() + self.timeout)
                 return
             except KVError as error:
@@ -225,6 +227,22 @@ class LMServer(Server):
                 self.lost()
                 if not isinstance(error, PeerGone) or fresh or self._stop.is_set():
                     raise
+
+    def _find(self) -> LMConnection:
+        """A connection to the first of the host's addresses that takes one."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise PeerGone(f"{self.host} has no address ({error.strerror or error})") from error
+        for *_, (numeric, *_) in found:
+            try:
+                connection = LMConnection(numeric, self.port, self.timeout)
+            except (DeadlineExceeded, PeerGone) as error:
+                last: KVError = error
+                continue
+            self._numeric = numeric
+            return connection
+        raise last
 
     def _pause(self, seconds: float) -> None:
         self._look.wait(seconds)
@@ -234,7 +252,7 @@ class LMServer(Server):
         self._look.set()
 
     def _connect(self, timeout: float) -> LMConnection:
-        return LMConnection(self.host, self.port, timeout)
+        return LMConnection(self._numeric, self.port, timeout)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -21,6 +21,7 @@ from kvsdk.connectors.lmcache.chunks import ChunkFormat, Outgoing
 from kvsdk.connectors.lmcache.client import Connection, Damaged, Job, Pool, Server
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
+from kvsdk.connectors.lmcache.loading import wait_for_fence
 from kvsdk.connectors.pynccl.serving import Streams
 from kvsdk.errors import KVError, TaskEnded
 from kvsdk.kernels import BlockStore
@@ -202,8 +203,7 @@ class Saver:
             partial = _Partial(index, self._take_memory(), time.monotonic())
             self._partials[task.request_id] = partial
         partial.ends = [end for end in partial.ends if end <= start - begin]
-        if task.fence is not None:
-            task.fence.synchronize()
+        wait_for_fence(task)
         ids = task.blocks[0][start - task.first_block : stop - task.first_block]
         into = self._form.part(partial.buffer, start - begin, stop - begin)
         self._copy(task, ids, into)
