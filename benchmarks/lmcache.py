@@ -12,8 +12,7 @@ tokens at a time, until the server has answered, and to look the prompt up and r
 default transfer mode, which is the faster one of the two that LMCache has on a CPU.
 
 The rounds take turns. Beside the seconds are those of the processor that this process and the server have spent. Needs
-the extra `lmcache`. The server is told to forget what was stored after each turn: otherwise it would take ever more
-memory, which in a virtual machine comes from the host at up to 3 s a GiB when nobody has touched it for a while.
+the extra `lmcache`. The `lm://` server never evicts, and each round has a new one; the other one is told to drop all.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ from kvsdk.config import parse_options
 from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connector.tasks import LoadOrder, LoadTask, SaveOrder, SaveTask, TaskState
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
-from kvsdk.connectors.lmcache.lm_client import LMServer, piece_name
-from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, Command, encode_request
+from kvsdk.errors import PeerGone
 from kvsdk.layout import layout_of
 
 LAYERS, HEADS, CONTENT, BLOCK, CHUNK = 32, 8, 256, 16, 256
@@ -125,20 +123,15 @@ class Kvsdk:
         assert self._worker._loader is not None
         self._worker._loader._chunks.release(ticket)
 
-    def values(self, keys: bytes) -> list[str]:
-        """The names of what an `lm://` server has of these chunks."""
-        assert self._worker._loader is not None
-        chunks, names = self._worker._loader._chunks, []
-        if not isinstance(self._worker._server, LMServer):
-            return []
-        connection = self._worker._server.connect()
-        for key in _ends(keys):
-            name = chunks._names.name(key)
-            header = connection._value(name, time.monotonic() + 10)
-            _, digests = chunks._form.read_header(name, header)
-            names += [name, *(piece_name(name, index, one) for index, one in enumerate(digests))]
-        connection.close()
-        return names
+    def move_to(self, port: int) -> None:
+        """There is another server now, and the one before is gone."""
+        server, deadline = self._worker._server, time.monotonic() + 20
+        assert server is not None
+        server.port = port
+        server.down(PeerGone("it was ended"))
+        while not server.up:
+            assert time.monotonic() < deadline, "the new server is not found"
+            time.sleep(0.05)
 
     def close(self) -> None:
         self._worker.close()
@@ -167,11 +160,11 @@ class LMCacheLM:
         shape = (LAYERS, 2, CHUNK, HEADS, CONTENT // 2)
         metadata = LMCacheMetadata("bench", 1, 1, 0, 0, torch.bfloat16, shape)
         self._memory = LocalCPUBackend(config, metadata, "cpu")
-        self._port = port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._client = LMCServerConnector("127.0.0.1", port, self._loop, self._memory)
+        self._connect = lambda port: LMCServerConnector("127.0.0.1", port, self._loop, self._memory)
+        self._client = self._connect(port)
         self._new_key = lambda number: CacheEngineKey("bench", 1, 0, number, torch.bfloat16)
         self._keys: list[Any] = []
         wanted = torch.Size([2, LAYERS, CHUNK, HEADS * CONTENT // 2])
@@ -205,20 +198,10 @@ class LMCacheLM:
         for one in found:
             one.ref_count_down()
 
-    def wait(self) -> None:
-        """What was stored is there."""
-
-    def values(self) -> list[str]:
-        """The names of what the server has."""
-        return [key.to_string() for key in self._keys]
-
-    def forget(self, values: list[str]) -> None:
-        """Put a byte in place of each."""
-        with socket.create_connection(("127.0.0.1", self._port)) as one:
-            for name in values:
-                one.sendall(encode_request(Command.PUT, name, 1) + b"0")
-            one.sendall(encode_request(Command.EXIST, values[-1]))
-            assert one.recv(REPLY_BYTES, socket.MSG_WAITALL)
+    def move_to(self, port: int) -> None:
+        """There is another server now, and the one before is gone."""
+        self._call(self._client.close())
+        self._client = self._connect(port)
 
     def close(self) -> None:
         self._call(self._client.close())
@@ -299,13 +282,12 @@ class LMCacheMP:
         self._worker.retrieve_events.clear()
         self._scheduler.end_session(request)
 
-    def values(self) -> list[str]:
-        """Nothing has to be named."""
+    def check(self) -> None:
+        """What was loaded is what was stored."""
         check(self._worker.kv_caches)
-        return []
 
-    def forget(self, values: list[str]) -> None:
-        """Have it drop everything."""
+    def forget(self) -> None:
+        """Have the server drop everything."""
         self._scheduler.reset_cache()
 
     def close(self) -> None:
@@ -344,15 +326,20 @@ def start_server(kind: str, gib: float) -> tuple[subprocess.Popen[bytes], int]:
             time.sleep(0.1)
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
 class Turns:
     """Times what clients do.
 
-    Args:
-        server: the process of the server.
+    Attributes:
+        server: the server's process.
     """
 
     def __init__(self, server: subprocess.Popen[bytes]):
-        self._stat = Path(f"/proc/{server.pid}/stat")
+        self.server = server
         self.samples: dict[str, dict[str, list[float]]] = {}
 
     def time(self, name: str, what: Callable[[], Any]) -> Any:
@@ -368,46 +355,54 @@ class Turns:
         return result
 
     def _server_seconds(self) -> float:
-        user, system = self._stat.read_text().rpartition(")")[2].split()[11:13]
+        user, system = Path(f"/proc/{self.server.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _our_turn(ours: Kvsdk, turns: Turns, num_chunks: int) -> list[str]:
-    """Returns what the server has it under."""
+def _our_turn(ours: Kvsdk, turns: Turns, num_chunks: int) -> None:
     keys = secrets.token_bytes(num_chunks * (CHUNK // BLOCK) * KEY_BYTES)
     turns.time("kvsdk store", lambda: ours.store(keys))
     ticket = turns.time("kvsdk load", lambda: ours.fetch(keys))
     turns.time("kvsdk into cache", lambda: ours.load(ticket))
     check(ours.caches)
-    return ours.values(keys)
 
 
-def _their_turn(theirs: LMCacheLM | LMCacheMP, turns: Turns, num_chunks: int) -> list[str]:
+def _their_turn(theirs: LMCacheLM | LMCacheMP, turns: Turns) -> None:
     turns.time("lmcache store", theirs.store)
-    theirs.wait()
+    if isinstance(theirs, LMCacheMP):
+        theirs.wait()
     turns.time("lmcache load", theirs.load)
-    return theirs.values()
+    if isinstance(theirs, LMCacheMP):
+        theirs.check()
 
 
 def run(kind: str, num_chunks: int, rounds: int) -> dict[str, Any]:
     """Seconds of each round, by client and direction."""
     size = num_chunks * CHUNK_BYTES
     process, port = start_server(kind, 4 * size / 2**30 + 1)
+    turns = Turns(process)
     try:
         ours = Kvsdk(f"{'lm' if kind == 'lm' else 'tcp'}://127.0.0.1:{port}", num_chunks)
         theirs = (LMCacheLM if kind == "lm" else LMCacheMP)(port, num_chunks)
-        turns = Turns(process)
         try:
             for number in range(rounds + 1):
-                for turn in (_our_turn, _their_turn) if number % 2 else (_their_turn, _our_turn):
-                    keys = turn(ours if turn is _our_turn else theirs, turns, num_chunks)
-                    theirs.forget(keys)
+                if number and isinstance(theirs, LMCacheLM):
+                    _end(turns.server)
+                    turns.server, port = start_server(kind, 0)
+                    ours.move_to(port)
+                    theirs.move_to(port)
+                for one in (ours, theirs) if number % 2 else (theirs, ours):
+                    if one is ours:
+                        _our_turn(ours, turns, num_chunks)
+                    else:
+                        _their_turn(theirs, turns)
+                    if isinstance(theirs, LMCacheMP):
+                        theirs.forget()
         finally:
             ours.close()
             theirs.close()
     finally:
-        process.kill()
-        process.wait()
+        _end(turns.server)
     # The first round makes memory and connections.
     samples = {what: {name: values[1:] for name, values in one.items()} for what, one in turns.samples.items()}
     return {"server": kind, "bytes": size, **samples}
