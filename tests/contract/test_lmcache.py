@@ -17,6 +17,7 @@ from support.lm_worker import Worker
 from kvsdk.config import parse_options
 from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connectors.lmcache import LMCacheConnector
+from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames
 from kvsdk.errors import ConfigError, DeadlineExceeded
 from kvsdk.layout import layout_of
@@ -523,6 +524,30 @@ def test_host_memory_is_bounded(server):
         server.delay = 0.05
         one.run(one.add(0, Prompt(80, family=2)))
         assert half_of(one, 0)._saver._memory.num_used <= 3
+
+
+def test_host_memory_for_a_gpu_is_pinned_in_one_piece_and_let_go(monkeypatch):
+    calls = []
+
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda *arguments: calls.append(arguments) or 0)
+        cudaHostUnregister = staticmethod(lambda *arguments: calls.append(arguments) or 0)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    memory = HostMemory(1000, 3, pinned=True)
+    buffers = [memory.take() for _ in range(4)]
+    first = buffers[0].data_ptr()
+    assert buffers[3] is None
+    assert [one.data_ptr() - first for one in buffers[:3]] == [0, 1000, 2000]
+    memory.close()
+    memory.close()
+    assert calls == [(first, 3000, 0), (first,)]
+
+
+def test_host_memory_that_cannot_be_had_ends_the_start_by_name():
+    with pytest.raises(ConfigError, match="set a smaller max_local_cpu_size"):
+        HostMemory(2**40, 2**20, pinned=False)
 
 
 def test_prompts_that_come_at_once_take_turns_in_host_memory(server):
