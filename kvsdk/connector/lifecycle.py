@@ -527,6 +527,7 @@ class SchedulerLifecycle:
             blocks=blocks,
             first_block=first,
             num_tokens=end,
+            num_prompt_tokens=view.num_prompt_tokens,
             keys=names[first * KEY_BYTES : last * KEY_BYTES],
             timeout=self._load_timeout,
         )

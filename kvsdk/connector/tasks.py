@@ -56,6 +56,7 @@ class SaveOrder:
     blocks: BlockIds
     first_block: int
     num_tokens: int
+    num_prompt_tokens: int
     keys: bytes
     timeout: float
 
@@ -225,6 +226,11 @@ class SaveTask(_Task):
     def keys(self) -> bytes:
         """16 bytes a block; the last one is the prompt's tail key when the last block is partial."""
         return self.order.keys
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the whole prompt; all from the first one that is to be saved on come, in this task or others."""
+        return self.order.num_prompt_tokens
 
     def fail(self, error: BaseException) -> None:
         """The blocks were not saved.

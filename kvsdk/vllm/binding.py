@@ -162,6 +162,12 @@ def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig,
         )
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         raise ConfigError("sleep mode is not supported with this connector: a peer may read a KV cache that is asleep")
+    # vLLM 0.26 has it, 0.32 has not.
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        raise ConfigError(
+            "calculate_kv_scales is not supported with this connector: each server would find scales of its own, and "
+            "read with them what another one has written; leave it off"
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 is not supported with this connector")

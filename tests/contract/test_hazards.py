@@ -790,3 +790,13 @@ def test_sleep_mode_is_refused_by_name(engine, monkeypatch):
     monkeypatch.setattr(harness._model_config(4096), "enable_sleep_mode", True)
     with pytest.raises(ValueError, match="sleep mode"):
         engine("PyNcclConnector", role="kv_producer", extra={"kv_port": free_port()})
+
+
+def test_scales_that_are_found_while_serving_are_refused_by_name(engine, monkeypatch):
+    """FP8 blocks would be read with other scales than they were written with."""
+    from vllm.config import CacheConfig
+
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(CacheConfig, "calculate_kv_scales", always, raising=False)
+    with pytest.raises(ValueError, match="calculate_kv_scales"):
+        engine("PyNcclConnector", role="kv_producer", extra={"kv_port": free_port()})

@@ -8,15 +8,18 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 from support.lm_server import EXIST, GET, PUT, LMServer
+from support.lm_worker import Worker
 
 from kvsdk.config import parse_options
 from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connectors.lmcache import LMCacheConnector
+from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames
-from kvsdk.errors import ConfigError
+from kvsdk.errors import ConfigError, DeadlineExceeded
 from kvsdk.layout import layout_of
 from kvsdk.testing import Prompt, Subject, World
 from kvsdk.testing.capabilities import LMCACHE_LM
@@ -58,8 +61,13 @@ def store(one, prompt, engine=0):
 
 
 def chunks(server):
-    """What the server has but for the words that chunks are coming, which are shorter."""
-    return {key: one for key, one in list(server.stored.items()) if len(one[3]) > 64}
+    """What the server has under chunks' names, but for marks and words that chunks are coming, which are shorter."""
+    return {key: one for key, one in list(server.stored.items()) if one[3][:8] == b"kvsdkLM1" and len(one[3]) > 64}
+
+
+def pieces(server):
+    """What it has of their blocks: a piece each, since they are small."""
+    return {key: one for key, one in list(server.stored.items()) if one[3][:8] != b"kvsdkLM1"}
 
 
 def load(one, prompt, engine=1):
@@ -105,7 +113,7 @@ def test_the_beginning_that_vllm_has_itself_is_not_loaded(server):
         store(one, Prompt(40))
         asked = server.count(GET)
         assert load(one, Prompt(40)) == 39
-        assert server.count(GET) - asked == 4, "a chunk was fetched that vLLM has"
+        assert server.count(GET) - asked == 2 * 4, "a chunk was fetched that vLLM has"
         assert one.stats("loaded_blocks", 1) == 7
 
 
@@ -125,8 +133,8 @@ def test_prompts_that_begin_alike_share_chunks_and_fetch_each_once(server):
         asked = server.count(GET)
         numbers = [one.add(1, Prompt(40, family, shared=32), 2) for family in (2, 3, 4)]
         one.run(*numbers)
-        # The four shared ones, and each prompt's own last one, which is missing, and whether that one is coming.
-        assert server.count(GET) - asked <= 10
+        # The four shared ones, two values each, and each prompt's own last one: it is missing, and is it coming?
+        assert server.count(GET) - asked <= 14
         assert [one.cached(number) for number in numbers] == [32, 32, 32]
 
 
@@ -404,28 +412,33 @@ def test_a_connection_that_is_cut_once_costs_nothing(server):
 
 
 def damaged(server, how):
-    """Change what the server has of the chunk that was stored last but one."""
-    key = list(chunks(server))[-2]
+    """Change what the server has of the chunk that was stored last but one; `how` begins with what of it."""
+    of, _, how = how.partition(": ")
+    values = chunks(server) if of == "header" else pieces(server)
+    key = list(values)[-2]
     form, dtype, shape, payload = server.stored[key]
     content = bytearray(payload)
     if how == "cut":
         del content[len(content) // 2 :]
         shape = (len(content), 0, 0, 0)
-    elif how == "header":
-        content[20] ^= 1
-    elif how == "digest":
-        content[45] ^= 1
-    elif how == "another chunk":
-        content[:] = next(iter(chunks(server).values()))[3]
+    elif how == "another chunk's":
+        content[:] = next(iter(values.values()))[3]
     elif how == "kind":
         form = 1
+    elif how == "missing":
+        del server.stored[key]
+        return
     else:
         content[-1 if how == "last byte" else len(content) // 2] ^= 0x80
     server.stored[key] = (form, dtype, shape, bytes(content))
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-@pytest.mark.parametrize("how", ["last byte", "middle", "header", "digest", "another chunk", "cut", "kind"])
+@pytest.mark.parametrize(
+    "how",
+    [f"{of}: {how}" for of in ("header", "piece") for how in ("last byte", "middle", "another chunk's", "cut", "kind")]
+    + ["piece: missing"],
+)
 def test_a_damaged_payload_is_found_counted_and_computed(server, how, policy):
     with world(server, policy=policy) as one:
         store(one, Prompt(40))
@@ -438,14 +451,14 @@ def test_a_damaged_payload_is_found_counted_and_computed(server, how, policy):
 def test_a_damaged_chunk_is_stored_anew_by_the_server_that_computed_it(server):
     with world(server, ("kv_both", "kv_both")) as one:
         store(one, Prompt(40))
-        damaged(server, "middle")
+        damaged(server, "piece: middle")
         assert load(one, Prompt(40)) == 24
         assert half_of(one, 1)._saver.drain(time.monotonic() + 5.0)
         one.restart(0)
         assert load(one, Prompt(40), 0) == 39
 
 
-@pytest.mark.parametrize("how", ["middle", "cut"])
+@pytest.mark.parametrize("how", ["piece: middle", "piece: cut", "piece: missing", "header: cut"])
 def test_a_damaged_chunk_is_stored_anew_by_the_producer_which_has_not_met_it(server, how, monkeypatch):
     monkeypatch.setattr("kvsdk.connectors.lmcache.keys.KNOWN_SECONDS", 0.0)
     with world(server) as one:
@@ -464,7 +477,7 @@ def test_without_verification_a_chunk_is_taken_as_it_is(server):
     one = world(server, verify=False)
     try:
         store(one, Prompt(40))
-        damaged(server, "middle")
+        damaged(server, "piece: middle")
         with pytest.raises(WrongBytes):
             load(one, Prompt(40))
     finally:
@@ -511,6 +524,30 @@ def test_host_memory_is_bounded(server):
         server.delay = 0.05
         one.run(one.add(0, Prompt(80, family=2)))
         assert half_of(one, 0)._saver._memory.num_used <= 3
+
+
+def test_host_memory_for_a_gpu_is_pinned_in_one_piece_and_let_go(monkeypatch):
+    calls = []
+
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda *arguments: calls.append(arguments) or 0)
+        cudaHostUnregister = staticmethod(lambda *arguments: calls.append(arguments) or 0)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    memory = HostMemory(1000, 3, pinned=True)
+    buffers = [memory.take() for _ in range(4)]
+    first = buffers[0].data_ptr()
+    assert buffers[3] is None
+    assert [one.data_ptr() - first for one in buffers[:3]] == [0, 1000, 2000]
+    memory.close()
+    memory.close()
+    assert calls == [(first, 3000, 0), (first,)]
+
+
+def test_host_memory_that_cannot_be_had_ends_the_start_by_name():
+    with pytest.raises(ConfigError, match="set a smaller max_local_cpu_size"):
+        HostMemory(2**40, 2**20, pinned=False)
 
 
 def test_prompts_that_come_at_once_take_turns_in_host_memory(server):
@@ -566,6 +603,34 @@ def test_blocks_before_a_sliding_window_are_neither_stored_nor_loaded(server, mo
         store(one, Prompt(40, 2))
         assert load(one, Prompt(40, 2)) == 39
         assert one.stats("loads_failed", 1) == 0
+
+
+def test_a_gpu_that_does_not_come_to_it_is_waited_for_until_the_tasks_end(server):
+    class Never:
+        def query(self):
+            return False
+
+    worker = Worker(server.url)
+    try:
+        ids = np.arange(1, 5, dtype=np.int32)
+        task = worker.save(ids, bytes(range(64)), fence=Never())
+        assert worker.half._saver.drain(time.monotonic() + 0.1) is False
+        task.expire(DeadlineExceeded("its time is up"))
+        worker.save(ids, bytes(range(64)))
+        assert worker.stored()
+        assert worker.fetch(bytes(range(64))) == 2
+        assert isinstance(worker.load(ids, fence=Never(), expire_after=0.1).error, DeadlineExceeded)
+        assert worker.load(ids).error is None
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("length", [12, 13, 44])
+def test_nothing_is_kept_of_a_chunk_that_the_prompt_does_not_fill(server, length):
+    with world(server, engine={"max_num_batched_tokens": 4, "max_num_seqs": 4}) as one:
+        store(one, Prompt(length))
+        assert len(chunks(server)) == length // CHUNK
+        assert half_of(one, 0)._saver._memory.num_used == 0
 
 
 def test_fetched_chunks_go_when_they_were_loaded(server):

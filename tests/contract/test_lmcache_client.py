@@ -9,11 +9,14 @@ import time
 
 import pytest
 from support import lmcache_servers
+from support.lm_chunks import form_of, get, put, tensor
 from support.lm_server import EXIST, GET, HEALTH, PUT, LMServer
 
+from kvsdk.connectors.lmcache import chunks
 from kvsdk.connectors.lmcache import client as clients
+from kvsdk.connectors.lmcache.chunks import Incoming, Outgoing, digest
 from kvsdk.connectors.lmcache.client import Damaged, Job, Pool
-from kvsdk.connectors.lmcache.lm_client import LMConnection
+from kvsdk.connectors.lmcache.lm_client import LMConnection, piece_name
 from kvsdk.connectors.lmcache.lm_client import LMServer as Watched
 from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, REQUEST_BYTES, Command, decode_reply, encode_request
 from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed, ProtocolError
@@ -107,19 +110,59 @@ def test_replies_say_yes_no_and_how_much():
 # ---- a connection
 
 
-def test_what_was_put_is_got_back_byte_for_byte(server):
+def test_what_was_put_is_got_back_byte_for_byte(server, monkeypatch):
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 2**20)
     connection = connect(server)
-    payload = bytes(range(256)) * 40_000
+    payload = bytes(range(256)) * 40_000  # ten pieces, the last one short
     assert not connection.exists(KEY, soon())
-    assert connection.put(KEY, [memoryview(payload[:100]), memoryview(payload[100:])], soon())
+    assert put(connection, KEY, payload, soon())
     assert connection.exists(KEY, soon())
-    first, second = bytearray(7), bytearray(len(payload) - 7)
-    assert connection.get(KEY, [memoryview(first), memoryview(second)], soon())
-    assert bytes(first + second) == payload
-    assert not connection.get("other@1@0@1@half", [memoryview(first)], soon())
+    assert get(connection, KEY, len(payload), soon()) == payload
+    assert get(connection, "other@1@0@1@half", 16, soon()) is None
     connection.health(soon())
     connection.close()
-    assert [command for command, _ in server.requests] == [GET, PUT, PUT, EXIST, GET, GET, GET, HEALTH]
+    assert [command for command, _ in server.requests] == [GET, *[PUT] * 11, EXIST, GET, *[GET] * 11, GET, HEALTH]
+    assert max(len(one[3]) for one in server.stored.values()) == 2**20
+
+
+def test_pieces_are_asked_for_before_the_one_in_front_has_come(server, monkeypatch):
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 1024)
+    connection = connect(server)
+    assert put(connection, KEY, bytes(8192), soon())
+    incoming, seen = Incoming(form_of(8192), KEY, tensor(bytes(8192))), []
+
+    def check(index):
+        seen.append((index, server.count(GET)))
+        time.sleep(0.02)
+
+    incoming.check = check
+    assert connection.get(incoming, soon())
+    connection.close()
+    before = 2  # `exists` was not asked, and the header was
+    assert [index for index, _ in seen] == list(range(8))
+    assert all(asked - before >= min(index + 2, 7) for index, asked in seen[1:]), seen
+
+
+def test_of_two_who_store_at_once_a_reader_gets_what_one_of_them_stored(server, monkeypatch):
+    monkeypatch.setattr(chunks, "PIECE_BYTES", 1024)
+    contents, (one, other) = [secrets.token_bytes(4096) for _ in range(2)], [connect(server) for _ in range(2)]
+    form, into = form_of(4096), tensor(bytes(4096))
+
+    class Interrupted(Outgoing):
+        def pieces(self):
+            for number, each in enumerate(super().pieces()):
+                if number == 2:
+                    assert put(other, KEY, contents[1], soon())
+                    assert get(other, KEY, 4096, soon()) == contents[1]
+                yield each
+
+    assert one.put(Interrupted(form, KEY, [1], tensor(contents[0])), soon())
+    incoming = Incoming(form, KEY, into)
+    assert other.get(incoming, soon())
+    assert not incoming.damage
+    assert into.numpy().tobytes() == contents[0]
+    one.close()
+    other.close()
 
 
 def cut_put(port, key, payload):
@@ -128,60 +171,71 @@ def cut_put(port, key, payload):
         one.sendall(encode_request(Command.PUT, key, len(payload)) + payload[: len(payload) // 2])
 
 
-def check_a_payload_that_is_cut_on_its_way_in(port, known):
-    """`known`: whether the server says that it has the key."""
+def check_what_is_cut_on_its_way_in(port):
     payload = secrets.token_bytes(100_000)
-    cut_put(port, KEY, payload)
-    connection = LMConnection("127.0.0.1", port, 2.0)
-    wait_until(lambda: known(connection))
-    assert not connection.exists(KEY, soon())
-    into = bytearray(len(payload))
-    with pytest.raises(Damaged):
-        connection.get(KEY, [memoryview(into)], soon())
-    connection.close()
-    connection = LMConnection("127.0.0.1", port, 2.0)
-    assert connection.put(KEY, [memoryview(payload)], soon())
-    assert connection.exists(KEY, soon())
-    assert connection.get(KEY, [memoryview(into)], soon())
-    assert into == payload
-    # Cut once more, by another producer of the same chunk: whoever meets it says so, and it is stored again.
-    cut_put(port, KEY, payload)
-    connection.close()
+    piece, header = piece_name(KEY, 0, digest(payload)), form_of(len(payload)).header(KEY, [1], [digest(payload)])
 
-    def got():
+    def connected(what):
         with contextlib.closing(LMConnection("127.0.0.1", port, 2.0)) as one:
-            return one.get(KEY, [memoryview(into)], soon())
+            return what(one)
 
-    with pytest.raises(Damaged):
-        wait_until(lambda: not got())
-    connection = LMConnection("127.0.0.1", port, 2.0)
-    connection.condemn(KEY, soon())
-    assert not connection.exists(KEY, soon())
-    connection.close()
+    def cut(key, content):
+        cut_put(port, key, content)
+        wait_until(lambda: connected(lambda one: _raw_get_fails(one, key)))
+
+    def stored(one):
+        return one.exists(KEY, soon())
+
+    def got(one):
+        return get(one, KEY, len(payload), soon())
+
+    # A piece: no header says that the chunk is there.
+    cut(piece, payload)
+    assert not connected(stored)
+    assert connected(got) is None
+    assert connected(lambda one: put(one, KEY, payload, soon()))
+    assert connected(stored)
+    assert connected(got) == payload
+    # A piece of what is there, by another producer of the same chunk; or the header. Whoever meets it says so, and the
+    # chunk is stored again.
+    for name, content in ((piece, payload), (KEY, header)):
+        cut(name, content)
+        with pytest.raises(Damaged):
+            connected(got)
+        assert not connected(lambda one: one.condemn(KEY, soon()) or stored(one))
+        assert connected(got) is None
+        assert connected(lambda one: put(one, KEY, payload, soon()))
+        assert connected(got) == payload
 
 
-def raw_exists(connection):
-    connection._send([encode_request(Command.EXIST, KEY)], soon())
-    return connection._reply(soon()) is not None
+def _raw_get_fails(connection, key):
+    connection._send([encode_request(Command.GET, key)], soon())
+    if (length := connection._reply(soon())) is None:
+        return False
+    try:
+        connection._receive(memoryview(bytearray(length)), soon())
+    except PeerGone:
+        return True
+    return False
 
 
-def test_a_payload_that_was_cut_on_its_way_in_is_not_taken_for_stored(server):
-    check_a_payload_that_is_cut_on_its_way_in(server.port, raw_exists)
+def test_what_was_cut_on_its_way_in_is_not_taken_for_stored(server):
+    check_what_is_cut_on_its_way_in(server.port)
 
 
 @needs_lmcache
 def test_lmcaches_own_server_neither(lmcache_server):
-    check_a_payload_that_is_cut_on_its_way_in(lmcache_server.port, raw_exists)
+    check_what_is_cut_on_its_way_in(lmcache_server.port)
 
 
 @needs_lmcache
 def test_a_small_answer_of_lmcaches_own_server_is_not_held_up(lmcache_server):
     connection = LMConnection("127.0.0.1", lmcache_server.port, 2.0)
-    assert connection.put("small@1@0@1@half", [memoryview(bytes(16))], soon())
+    assert put(connection, "small@1@0@1@half", bytes(16), soon())
     seconds = []
     for _ in range(20):
         began = time.perf_counter()
-        assert connection.get("small@1@0@1@half", [memoryview(bytearray(16))], soon())
+        assert connection.exists("small@1@0@1@half", soon())
         seconds.append(time.perf_counter() - began)
     connection.close()
     assert statistics.median(seconds) < 0.02, "the kernel waits 40 ms with its acknowledgement"
@@ -191,26 +245,37 @@ def test_a_put_is_confirmed_only_by_the_server_that_keeps_it(server):
     connection = connect(server)
     server.capacity = 10
     with pytest.raises(PeerGone):
-        connection.put(KEY, [memoryview(bytes(100))], soon())
+        put(connection, KEY, bytes(104), soon())
     connection.close()
 
 
 def test_another_length_than_was_stored_is_a_protocol_error(server):
     connection = connect(server)
-    assert connection.put(KEY, [memoryview(bytes(100))], soon())
-    with pytest.raises(ProtocolError, match="100 bytes"):
-        connection.get(KEY, [memoryview(bytearray(50))], soon())
+    assert put(connection, KEY, bytes(104), soon())
+    with pytest.raises(ProtocolError, match="another chunk"):
+        get(connection, KEY, 48, soon())
     connection.close()
+    for key, what in ((piece_name(KEY, 0, digest(bytes(104))), "48 bytes of piece 0"), (KEY, "48 bytes under")):
+        connection, (form, dtype, _, value) = connect(server), server.stored[key]
+        server.stored[key] = (form, dtype, (48, 0, 0, 0), value[:48])
+        with pytest.raises(ProtocolError, match=what):
+            get(connection, KEY, 104, soon())
+        connection.close()
 
 
 @pytest.mark.parametrize("what", ["exists", "get", "put", "health"])
 def test_a_stalled_server_costs_its_timeout(server, what):
     connection = connect(server, timeout=0.2)
     server.frozen.set()
-    arguments = {"exists": [KEY], "get": [KEY, [memoryview(bytearray(9))]], "put": [KEY, [memoryview(b"x")]]}
+    asked = {
+        "exists": lambda: connection.exists(KEY, soon()),
+        "get": lambda: get(connection, KEY, 8, soon()),
+        "put": lambda: put(connection, KEY, bytes(8), soon()),
+        "health": lambda: connection.health(soon()),
+    }[what]
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded):
-        getattr(connection, what)(*arguments.get(what, []), soon())
+        asked()
     assert 0.15 < time.monotonic() - began < 1.0
     connection.close()
 
@@ -227,10 +292,10 @@ def test_the_deadline_of_a_request_counts_as_well_as_the_timeout(server):
 
 def test_a_payload_that_is_cut_is_a_lost_peer(server):
     connection = connect(server)
-    assert connection.put(KEY, [memoryview(bytes(1000))], soon())
+    assert put(connection, KEY, bytes(1000), soon())
     server.cut_after = 500
-    with pytest.raises(PeerGone, match="closed the connection"):
-        connection.get(KEY, [memoryview(bytearray(1000))], soon())
+    with pytest.raises(Damaged, match="closed the connection"):
+        get(connection, KEY, 1000, soon())
     connection.close()
 
 
@@ -270,9 +335,9 @@ class Ask(Job):
 
 
 class Client:
-    def __init__(self, port, timeout=0.3, connections=2):
+    def __init__(self, port, timeout=0.3, connections=2, host="127.0.0.1"):
         self.states = []
-        self.server = Watched("127.0.0.1", port, timeout=timeout, on_state=self.states.append)
+        self.server = Watched(host, port, timeout=timeout, on_state=self.states.append)
         self.pool = Pool(self.server, "test", connections)
         self.server.wait_known(2.0)
 
@@ -361,6 +426,38 @@ def test_a_server_that_comes_later_is_found():
     with LMServer(port):
         wait_until(lambda: client.server.up)
         assert client.ask().answer() is False
+    client.close()
+
+
+def test_names_are_looked_up_where_nobody_waits(server, monkeypatch):
+    looked_up, let_go, real = [], threading.Event(), socket.getaddrinfo
+
+    def look_up(host, *arguments, **named):
+        if host != "store":
+            return real(host, *arguments, **named)
+        looked_up.append(threading.current_thread().name)
+        let_go.wait(10.0)
+        return real("127.0.0.1", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client = Client(server.port, host="store")
+    began = time.monotonic()
+    assert isinstance(client.ask().answer(), PeerGone)
+    assert time.monotonic() - began < 1.0
+    let_go.set()
+    wait_until(lambda: client.server.up)
+    assert [job.answer() for job in [client.ask() for _ in range(4)]] == [False] * 4
+    client.close()
+    assert set(looked_up) == {"kvsdk-lmcache-watch"}
+
+
+def test_a_name_that_nobody_has_is_a_server_that_is_down(server, monkeypatch):
+    def look_up(*_arguments, **_named):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    client = Client(server.port, host="store")
+    assert not client.server.up
     client.close()
 
 

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from support import lm_chunks
 from support.lm_worker import BLOCK, Worker
 from support.lmcache_servers import MPServer as RealServer
 from support.lmcache_servers import needs_lmcache
@@ -70,7 +71,7 @@ def wait_until(condition, seconds=10.0):
 @contextlib.contextmanager
 def watched(real, *, timeout=5.0, slots=4, value_bytes=SIZE, model=None):
     server = MPServer(
-        "127.0.0.1", real.port, model=model or secrets.token_hex(4), value_bytes=value_bytes, slots=slots,
+        "127.0.0.1", real.port, model=model or secrets.token_hex(4), value_bytes=value_bytes + 4096, slots=slots,
         timeout=timeout,
     )  # fmt: skip
     try:
@@ -81,12 +82,15 @@ def watched(real, *, timeout=5.0, slots=4, value_bytes=SIZE, model=None):
 
 
 def value():
-    return bytearray(secrets.token_bytes(SIZE))
+    return secrets.token_bytes(SIZE)
 
 
 def get(connection, name, size=SIZE):
-    into = bytearray(size)
-    return into if connection.get(name, [memoryview(into)], soon()) else None
+    return lm_chunks.get(connection, name, size, soon())
+
+
+def put(connection, name, content):
+    return lm_chunks.put(connection, name, content, soon())
 
 
 def segments():
@@ -99,13 +103,12 @@ def segments():
 def test_what_was_put_is_got_back_byte_for_byte(real):
     with watched(real) as server:
         connection = server.connect()
-        first, rest = value(), value()
-        parts = [memoryview(first)[:100], memoryview(rest)[: SIZE - 100]]
+        content = value()
         assert not connection.exists("a", soon())
         assert get(connection, "a") is None
-        assert connection.put("a", parts, soon())
+        assert put(connection, "a", content)
         assert connection.exists("a", soon())
-        assert get(connection, "a") == first[:100] + rest[: SIZE - 100]
+        assert get(connection, "a") == content
         assert get(connection, "b") is None
         connection.close()
 
@@ -118,7 +121,7 @@ def test_every_worker_of_a_model_finds_it_and_no_other_does(real):
     ):
         content = value()
         connections = [each.connect() for each in (server, same, other)]
-        assert connections[0].put("a", [memoryview(content)], soon())
+        assert put(connections[0], "a", content)
         assert get(connections[1], "a") == content
         assert get(connections[2], "a") is None
         for connection in connections:
@@ -129,12 +132,12 @@ def test_two_put_the_same_at_once(real):
     with watched(real) as server:
         content, kept = value(), []
 
-        def put():
+        def put_one():
             connection = server.connect()
-            kept.append(connection.put("a", [memoryview(content)], soon()))
+            kept.append(put(connection, "a", content))
             connection.close()
 
-        threads = [threading.Thread(target=put) for _ in range(4)]
+        threads = [threading.Thread(target=put_one) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -168,11 +171,11 @@ def test_a_server_that_keeps_nothing_more_is_told_from_one_that_does(own):
     with watched(own, value_bytes=2**22) as server:
         server._session.ask("clear", True).result(5.0)
         connection = server.connect()
-        content = bytearray(2**22)
-        kept = [connection.put(f"{i}", [memoryview(content)], soon()) for i in range(8)]
+        content = bytes(2**22 - 4096)
+        kept = [put(connection, f"{i}", content) for i in range(8)]
         assert kept[0]
         assert not kept[-1]
-        assert get(connection, "0", 2**22) == content
+        assert get(connection, "0", len(content)) == content
         connection.close()
         server._session.ask("clear", True).result(5.0)
 
@@ -237,7 +240,7 @@ def test_a_frozen_server_is_waited_for_once_and_found_again(own):
 def test_a_slot_that_a_late_answer_may_write_to_is_used_again_only_after_it(own):
     with watched(own, timeout=30.0, slots=1) as server:
         connection = server.connect()
-        assert connection.put("a", [memoryview(value())], soon())
+        assert put(connection, "a", value())
         session, row = server._session, server._session.values[1]
         # The server is stopped when it has been asked to write, and not before.
         ask = session.ask
@@ -249,7 +252,7 @@ def test_a_slot_that_a_late_answer_may_write_to_is_used_again_only_after_it(own)
 
         session.ask = ask_and_freeze
         with pytest.raises(DeadlineExceeded):
-            connection.get("a", [memoryview(bytearray(SIZE))], soon(0.5))
+            lm_chunks.get(connection, "a", SIZE, soon(0.5))
         session.ask = ask
         connection.close()
         with pytest.raises(PeerGone):
@@ -298,6 +301,7 @@ def test_a_producer_that_is_not_closed_loses_no_chunk_and_leaves_no_memory(real)
 import secrets, sys
 import numpy as np
 sys.path[:0] = {sys.path!r}
+from support import lm_chunks
 from support.lm_worker import Worker
 worker = Worker({real.url!r})
 keys = bytes(range(16 * 12))

@@ -79,7 +79,7 @@ class Fleet:
         command += ["--prefill", prefill.url, "--decode", decode.url]
         if mode == "early":
             command += ["--prefill-kv", f"{HOST}:{kv_port}"]
-        server = Server(command, name=f"proxy-{mode}", port=port, log=self._folder / f"proxy-{mode}.log")
+        server = Server(command, name=f"proxy-{mode}", port=port, log=self._folder / f"proxy-{mode}-{port}.log")
         self.servers.append(server)
         return server
 

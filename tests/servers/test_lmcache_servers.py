@@ -1,5 +1,5 @@
-"""Three vLLM servers share LMCache's own `lm://` server, also through a proxy. It fails, and answers stay right: they
-are compared with those of a server that computed the whole prompt.
+"""Three vLLM servers share LMCache's own `lm://` server, and two its multi-process server, also through a proxy. The
+first one fails, and answers stay right: they are compared with those of a server that computed the whole prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import time
 
 import pytest
 from fleet import BLOCK, Count, Prompts, answer, until
-from support.lmcache_servers import LMServer, needs_lmcache
+from support.lmcache_servers import LMServer, MPServer, needs_lmcache
 
 from kvsdk.config import transfer_config
 from kvsdk.demo.servers import free_port
@@ -27,21 +27,31 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def fleet(tiny_llama, new_fleet, store):
+def mp_store():
+    with MPServer(wait=False) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_llama, new_fleet, store, mp_store):
+    def config(url, role="kv_both"):
+        options = {"remote_url": url, "chunk_size": CHUNK, "lookup_timeout": LOOKUP_TIMEOUT}
+        return transfer_config({"kv_connector": "LMCacheConnector", "kv_role": role, **options})
+
     with new_fleet(tiny_llama) as fleet:
-        config = transfer_config(
-            {
-                "kv_connector": "LMCacheConnector",
-                "kv_role": "kv_both",
-                "remote_url": store.url,
-                "chunk_size": CHUNK,
-                "lookup_timeout": LOOKUP_TIMEOUT,
-            }
-        )
-        shared = [fleet.vllm(f"server-{i}", config, **LARGE) for i in range(3)]
+        shared = [fleet.vllm(f"server-{i}", config(store.url), **LARGE) for i in range(3)]
         proxy = fleet.proxy("repeat", shared[0], shared[1], free_port())
+        mp_store.wait()
+        roles = ("kv_producer", "kv_consumer")
+        pair = [fleet.vllm(f"mp-{role}", config(mp_store.url, role), **LARGE) for role in roles]
+        mp_proxy = fleet.proxy("repeat", *pair, free_port())
         fleet.wait()
-        yield shared, proxy
+        yield shared, proxy, pair, mp_proxy
+
+
+@pytest.fixture
+def fleet(servers):
+    return servers[:2]
 
 
 def test_what_one_server_computed_the_others_load(fleet):
@@ -75,6 +85,23 @@ def test_through_a_proxy_whole_chunks_come_from_the_server(fleet):
         found = count.adds_up_to(len(prompt))
         assert found["external_kv_transfer"] + found["local_cache_hit"] == 770 // CHUNK * CHUNK, found
         assert tokens == expected
+
+
+def test_through_the_multi_process_server_whole_chunks_come_over(servers):
+    shared, _, pair, proxy = servers
+    prompts = Prompts("lmcache mp proxy")
+    prefix = prompts.of(3 * CHUNK)
+    for length in (770, 3 * CHUNK + 40):
+        prompt = prompts.of(length, prefix)
+        expected, counts = answer(shared[2], prompt), [Count(server) for server in pair]
+        assert answer(proxy, prompt) == expected
+        computed, found = (count.adds_up_to(len(prompt)) for count in counts)
+        whole = length // CHUNK * CHUNK
+        assert found["external_kv_transfer"] + found["local_cache_hit"] == whole, found
+        assert computed["external_kv_transfer"] == 0, "it only stores"
+    # All of the first prompt's chunks came from the server; the second one's first ones were in the cache by then.
+    loaded = pair[1].metrics_by("vllm:prompt_tokens_by_source_total", "source")["external_kv_transfer"]
+    assert int(loaded) == 770 // CHUNK * CHUNK + length // CHUNK * CHUNK - 3 * CHUNK
 
 
 def timed(server, prompt):
@@ -117,9 +144,15 @@ def test_a_server_that_is_killed_and_started_again_gives_hits_within_ten_seconds
 
 
 def _loads(shared, prompts) -> bool:
-    """Whether a new prompt that one server computes is loaded by another."""
-    prompt = prompts.of(2 * CHUNK + 1)
-    answer(shared[0], prompt, 1)
-    count = Count(shared[2])
-    answer(shared[2], prompt, 1)
+    """Whether new prompts that one server computes are loaded by the others, and one of another's by it."""
+    return all(
+        _loads_one(computes, loads, prompts.of(2 * CHUNK + 1))
+        for computes, loads in ((shared[0], shared[1]), (shared[0], shared[2]), (shared[1], shared[0]))
+    )
+
+
+def _loads_one(computes, loads, prompt) -> bool:
+    answer(computes, prompt, 1)
+    count = Count(loads)
+    answer(loads, prompt, 1)
     return count.adds_up_to(len(prompt))["external_kv_transfer"] == 2 * CHUNK

@@ -13,6 +13,7 @@ from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connector.tasks import LoadOrder, LoadTask, SaveOrder, SaveTask
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
 from kvsdk.connectors.lmcache.keys import chunk_keys
+from kvsdk.errors import DeadlineExceeded
 from kvsdk.layout import layout_of
 
 BLOCK, BLOCKS = 4, 64
@@ -69,10 +70,11 @@ class Worker:
         event.record()
         return event
 
-    def save(self, ids, keys, first=0):
+    def save(self, ids, keys, first=0, fence=None):
         """Hand blocks over that are those of a prompt from block `first` on; `keys` has 16 bytes for each."""
         end = (first + len(ids)) * BLOCK
-        task = SaveTask(SaveOrder(1, "r", (ids,), first, end, keys, 60.0), time.monotonic() + 60, self._fence())
+        order = SaveOrder(1, "r", (ids,), first, end, end, keys, 60.0)
+        task = SaveTask(order, time.monotonic() + 60, fence or self._fence())
         self.half.save(task)
         return task
 
@@ -92,11 +94,14 @@ class Worker:
         assert done.wait(10.0)
         return counts[0]
 
-    def load(self, ids, ticket=1, first=0):
-        """Copy fetched blocks into these; returns the task, which has ended."""
+    def load(self, ids, ticket=1, first=0, fence=None, expire_after=None):
+        """Copy fetched blocks into these; returns the task, which has ended, or was ended after so many seconds."""
         order = LoadOrder(1, "r", (ids,), first, (first + len(ids)) * BLOCK, ticket, 60.0)
-        task = LoadTask(order, time.monotonic() + 60, self._fence())
+        task = LoadTask(order, time.monotonic() + 60, fence or self._fence())
         self.half.load(task)
+        if expire_after is not None:
+            time.sleep(expire_after)
+            task.expire(DeadlineExceeded("its time is up"))
         deadline = time.monotonic() + 30.0
         while not task.ended:
             assert time.monotonic() < deadline

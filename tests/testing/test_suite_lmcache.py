@@ -8,10 +8,12 @@ import pathlib
 import time
 
 import pytest
+import torch
 from support.lm_server import LMServer
 from support.lmcache_servers import LMServer as LMCacheLMServer
 
 from kvsdk.connectors.lmcache import LMCacheConnector, LMCacheWorker
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, Incoming, Outgoing
 from kvsdk.connectors.lmcache.lm_client import LMConnection
 from kvsdk.connectors.lmcache.saving import Saver
 from kvsdk.testing.capabilities import LMCACHE_LM as capabilities
@@ -23,7 +25,7 @@ server_port = 0
 @dataclasses.dataclass(frozen=True)
 class Note:
     name: str
-    num_bytes: int
+    form: ChunkFormat
     model: str
 
 
@@ -52,7 +54,7 @@ class Worker(LMCacheWorker):
 
 class NotingSaver(Saver):
     def _submit(self, name, partial):
-        self.notes.append(Note(name, self._form.header_bytes + partial.buffer.numel(), self._names.model))
+        self.notes.append(Note(name, self._form, self._names.model))
         super()._submit(name, partial)
 
     def wait_stored(self, deadline):
@@ -88,12 +90,23 @@ def damage(place):
     nothing that the suite counts: vLLM computes its last token anyway."""
     connection = LMConnection("127.0.0.1", server_port, 5.0)
     for note in stored[pathlib.Path(place.folder).name][-2:]:
-        content = bytearray(note.num_bytes)
-        deadline = time.monotonic() + 5.0
-        assert connection.get(note.name, [memoryview(content)], deadline)
-        content[-1] ^= 1
-        assert connection.put(note.name, [memoryview(content)], deadline)
+        damage_one(note, connection)
     connection.close()
+
+
+def damage_one(note, connection):
+    """Store the chunk again, with a bit that changes after its digest was made."""
+    payload = torch.zeros(note.form.payload_bytes, dtype=torch.uint8)
+    incoming = Incoming(note.form, note.name, payload)
+    assert connection.get(incoming, time.monotonic() + 5.0)
+    assert connection.put(FlippedAfter(note.form, note.name, incoming.parts, payload), time.monotonic() + 5.0)
+
+
+class FlippedAfter(Outgoing):
+    def pieces(self):
+        for told, piece in super().pieces():
+            piece[-1] ^= 1
+            yield told, piece
 
 
 __all__ = ["capabilities", "connector", "damage", "lm_server", "options"]

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from kvsdk.config import format_address
+from kvsdk.connectors.lmcache.chunks import Incoming, Outgoing
 from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, PipeClosed
 
 logger = logging.getLogger("kvsdk.lmcache")
@@ -45,8 +46,8 @@ class Damaged(PeerGone):
 class Connection(ABC):
     """One request to the server at a time. Of one thread, but for `abort`.
 
-    After any error but `ProtocolError` from an argument it is out of step: close it. Names are those of `ChunkNames`,
-    deadlines are on `time.monotonic`. Every method but the last two raises
+    After any error it is out of step: close it. Names are those of `ChunkNames`, deadlines are on `time.monotonic`.
+    Every method but the last two raises
 
         DeadlineExceeded: the server is not done by the deadline; `Stalled`, if it did nothing at all.
         PeerGone: it is lost, or was aborted.
@@ -55,23 +56,25 @@ class Connection(ABC):
 
     @abstractmethod
     def exists(self, name: str, deadline: float) -> bool:
-        """Whether the server has something under `name`."""
+        """Whether the server has a chunk of this name, which was not condemned."""
 
     @abstractmethod
-    def get(self, name: str, into: Sequence[memoryview], deadline: float) -> bool:
-        """Fill buffers with what is under `name`; false when there is nothing.
+    def get(self, chunk: Incoming, deadline: float) -> bool:
+        """Fetch a chunk; false when there is none. What is wrong with its pieces, it says itself.
 
-        Args:
-            into: writable bytes; together as long as what was stored.
+        Raises:
+            Damaged, ProtocolError: what is there is not what was stored.
         """
 
     @abstractmethod
-    def put(self, name: str, buffers: Sequence[memoryview], deadline: float) -> bool:
-        """Store bytes under `name`; whether the server has kept them."""
+    def put(self, chunk: Outgoing, deadline: float) -> bool:
+        """Store a chunk in place of what is there; whether the server has kept it."""
 
     @abstractmethod
     def condemn(self, name: str, deadline: float) -> None:
-        """What is under `name` is not what was stored: `exists` is false from here on, until it is stored again."""
+        """What the server has of this chunk is not what was stored: it is as if there were none, until it is stored
+        again.
+        """
 
     @abstractmethod
     def announce(self, names: Sequence[str], deadline: float) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
-from kvsdk.connectors.lmcache.chunks import COMING_SECONDS, ChunkFormat, digest
+from kvsdk.connectors.lmcache.chunks import COMING_SECONDS, ChunkFormat, Incoming
 from kvsdk.connectors.lmcache.client import Connection, Damaged, Job, Pool, Server, Stalled
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
@@ -281,16 +281,17 @@ class Chunks:
         ready = False
         try:
             losses, deadline = self._server.losses, self._begin(chunk)
-            header = bytearray(self._form.header_bytes)
-            into = [memoryview(header), memoryview(buffer.numpy())]
-            if not connection.get(chunk.name, into, deadline):
+            incoming = Incoming(self._form, chunk.name, buffer, verify=self._verify)
+            if not connection.get(incoming, deadline):
                 self._known.discard(chunk.name)
                 if self._is_expected(chunk, connection, deadline):
                     self._ask_again(chunk)
                     return
-            elif (parts := self._checked(chunk, header, buffer)) is not None:
+            elif incoming.damage:
+                self.damaged(chunk, incoming.damage)
+            else:
                 self._known.add(chunk.name, losses)
-                chunk.parts, ready = parts, True
+                chunk.parts, ready = incoming.parts, True
         finally:
             if not ready:
                 self._memory.give_back(buffer)
@@ -335,18 +336,6 @@ class Chunks:
         self._counters.add("corrupt_blocks", self._form.num_blocks)
         self._known.discard(chunk.name, damaged=True)
         self._pool.submit(_Condemn(chunk.name, self._limit))
-
-    def _checked(self, chunk: Chunk, header: bytearray, buffer: torch.Tensor) -> list[int] | None:
-        """The chunk's parts, if it is what was stored."""
-        try:
-            parts, told = self._form.read_header(chunk.name, header)
-            if not self._verify or digest(buffer) == told:
-                return parts
-            reason = "it does not match its digest"
-        except ProtocolError as error:
-            reason = str(error)
-        self.damaged(chunk, reason)
-        return None
 
     def _finish(self, chunk: Chunk, buffer: torch.Tensor | None) -> None:
         with self._lock:

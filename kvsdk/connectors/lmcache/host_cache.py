@@ -1,4 +1,4 @@
-"""Host memory for chunks that were fetched or are to be stored: bounded, and made when it is first needed."""
+"""Host memory for chunks that were fetched or are to be stored: bounded, and pinned at the start for a GPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ import threading
 
 import torch
 
+from kvsdk.errors import ConfigError
+
 
 class HostMemory:
     """Buffers of one size. Any thread may use it.
 
-    A buffer that was given back is kept for the next chunk: pinned memory takes milliseconds to make.
+    All of it is one piece. To pin memory takes CUDA's lock for milliseconds, which the thread that runs the model would
+    wait for, so it is pinned before there is a request; by address, since PyTorch's pinned memory comes in powers of
+    two. Without a GPU it is had from the operating system when it is first written to.
 
     Args:
         buffer_bytes: of each buffer.
         limit: buffers at a time.
         pinned: whether a GPU copies to and from them.
+
+    Raises:
+        ConfigError: there is not so much.
     """
 
     def __init__(self, buffer_bytes: int, limit: int, *, pinned: bool):
@@ -24,24 +31,29 @@ class HostMemory:
         self._free: list[torch.Tensor] = []
         self._made = 0
         self._changed = threading.Condition()
+        size = limit * buffer_bytes
+        try:
+            with torch.inference_mode(False):
+                self._memory = torch.empty(size, dtype=torch.uint8)
+            if pinned:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{size / 2**30:.3g} GiB of host memory for chunks cannot be had ({error}); set a smaller "
+                "max_local_cpu_size"
+            ) from error
 
     def take(self, timeout: float = 0.0) -> torch.Tensor | None:
         """A uint8 tensor of `buffer_bytes`, not initialised; None if all are in use for `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._made < self.limit, timeout)
+            if not self._changed.wait_for(lambda: self._free or self._made < self.limit, timeout):
+                return None
             if self._free:
                 return self._free.pop()
-            if self._made >= self.limit:
-                return None
+            first = self._made * self._buffer_bytes
             self._made += 1
-        try:
-            with torch.inference_mode(False):
-                return torch.empty(self._buffer_bytes, dtype=torch.uint8, pin_memory=self._pinned)
-        except BaseException:
-            with self._changed:
-                self._made -= 1
-                self._changed.notify()
-            raise
+        with torch.inference_mode(False):
+            return self._memory[first : first + self._buffer_bytes]
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """The buffer is another chunk's from here on."""
@@ -54,3 +66,9 @@ class HostMemory:
         """Buffers in use."""
         with self._changed:
             return self._made - len(self._free)
+
+    def close(self) -> None:
+        """Nothing is copied to or from it any more. Twice is fine."""
+        pinned, self._pinned = self._pinned, False
+        if pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))

@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 
 from kvsdk.config import format_address
-from kvsdk.connectors.lmcache.chunks import COMING_BYTES, coming, is_coming
+from kvsdk.connectors.lmcache.chunks import COMING_BYTES, Incoming, Outgoing, coming, is_coming
 from kvsdk.connectors.lmcache.client import Connection, Damaged, Server, Stalled
 from kvsdk.connectors.lmcache.lm_protocol import REPLY_BYTES, Command, decode_reply, encode_request
 from kvsdk.errors import DeadlineExceeded, KVError, PeerGone, ProtocolError
 
 logger = logging.getLogger("kvsdk.lmcache")
 
-PIECE_BYTES = 8 * 2**20
-"""Received at a time: a time-out that comes after some of it is told from one without a byte."""
+AHEAD = 4
+"""Pieces that are asked for before the first of them has come: the server takes up the next request when it has handed
+the last answer to its kernel."""
 
-_STORED, _DAMAGED = b"kvsdkLM1 stored", b"kvsdkLM1 damage"
-_STATE_BYTES = len(_STORED)
+MAX_HEADER_BYTES = 2**22
+"""A chunk of a million blocks. What is longer is none, and not received."""
+
+_DAMAGED = b"kvsdkLM1 damage"
 
 HEALTH_KEY = "kvsdk@1@0@0@uint8"
 """The server parses a key even where none is asked for."""
@@ -32,8 +35,8 @@ class LMConnection(Connection):
     """One TCP connection to the server.
 
     When the payload of a PUT is cut short, LMCache's server keeps nothing under the key and says for ever that it has
-    it. So a second, small value says for each that all of it was sent: `exists` asks for that, and `condemn` takes it
-    back.
+    it. So the header of a chunk, of a few hundred bytes, is sent when all pieces have been: that it can be read is what
+    says that the chunk is there. `condemn` puts a mark in its place.
 
     Args:
         timeout: seconds without a byte in either direction after which the server counts as stalled.
@@ -60,8 +63,7 @@ class LMConnection(Connection):
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
 
     def exists(self, name: str, deadline: float) -> bool:
-        said = bytearray(_STATE_BYTES)
-        return self.get(state_name(name), [memoryview(said)], deadline) and said == _STORED
+        return self._value(name, deadline) not in (None, _DAMAGED)
 
     def health(self, deadline: float) -> None:
         """Returns once the server has answered."""
@@ -69,34 +71,44 @@ class LMConnection(Connection):
         if self._reply(deadline) is None:
             raise ProtocolError(f"{self.address} says that it is not well")
 
-    def get(self, name: str, into: Sequence[memoryview], deadline: float) -> bool:
-        self._send([encode_request(Command.GET, name)], deadline)
-        length = self._reply(deadline)
-        if length is None:
+    def get(self, chunk: Incoming, deadline: float) -> bool:
+        header = self._value(chunk.name, deadline)
+        if header is None or header == _DAMAGED:
             return False
-        wanted = sum(map(len, into))
-        if length != wanted:
-            raise ProtocolError(f"{self.address} has {length} bytes under {name}, not {wanted}")
-        try:
-            for buffer in into:
-                self._receive(buffer, deadline)
-        except PeerGone as error:
-            raise Damaged(f"{self.address} does not have all of what it says to have under {name}: {error}") from error
+        if len(header) != len(chunk.header):
+            raise ProtocolError(f"{self.address} has {len(header)} bytes under {chunk.name}, not {len(chunk.header)}")
+        chunk.header[:] = header
+        chunk.open()
+        names = [piece_name(chunk.name, index, one) for index, one in enumerate(chunk.digests)]
+        asked = 0
+        for index, piece in enumerate(chunk.pieces):
+            ask = names[asked : index + AHEAD]
+            if ask:
+                self._send([b"".join(encode_request(Command.GET, name) for name in ask)], deadline)
+                asked += len(ask)
+            length = self._reply(deadline)
+            if length != len(piece):
+                raise ProtocolError(f"{self.address} has {length or 'no'} bytes of piece {index} of {chunk.name}")
+            self._receive_value(names[index], piece, deadline)
+            chunk.check(index)
         return True
 
-    def put(self, name: str, buffers: Sequence[memoryview], deadline: float) -> bool:
-        """Store bytes in place of what is there.
+    def put(self, chunk: Outgoing, deadline: float) -> bool:
+        """Store a chunk.
 
         A PUT has no reply. The server reads the next request of a connection when it is done with the one before, so
         an EXIST behind it answers for it.
         """
-        length, state = sum(map(len, buffers)), state_name(name)
-        stored = encode_request(Command.PUT, state, _STATE_BYTES) + _STORED + encode_request(Command.EXIST, state)
-        self._send([encode_request(Command.PUT, name, length), *buffers, stored], deadline)
+        for index, (hashed, piece) in enumerate(chunk.pieces()):
+            name = piece_name(chunk.name, index, hashed)
+            self._send([encode_request(Command.PUT, name, len(piece)), piece], deadline)
+        header = chunk.header()
+        put, asked = encode_request(Command.PUT, chunk.name, len(header)), encode_request(Command.EXIST, chunk.name)
+        self._send([put + header + asked], deadline)
         return self._reply(deadline) is not None
 
     def condemn(self, name: str, deadline: float) -> None:
-        self._send([encode_request(Command.PUT, state_name(name), _STATE_BYTES), _DAMAGED], deadline)
+        self._send([encode_request(Command.PUT, name, len(_DAMAGED)) + _DAMAGED], deadline)
 
     def announce(self, names: Sequence[str], deadline: float) -> None:
         # Without asking whether the server keeps them: nothing is lost with them but a load.
@@ -105,8 +117,26 @@ class LMConnection(Connection):
         self._send([b"".join(parts)], deadline)
 
     def is_announced(self, name: str, deadline: float) -> bool:
-        said = bytearray(COMING_BYTES)
-        return self.get(name, [memoryview(said)], deadline) and is_coming(said, time.time())
+        said = self._value(name, deadline)
+        return said is not None and len(said) == COMING_BYTES and is_coming(said, time.time())
+
+    def _value(self, name: str, deadline: float) -> bytearray | None:
+        """A short value."""
+        self._send([encode_request(Command.GET, name)], deadline)
+        length = self._reply(deadline)
+        if length is None:
+            return None
+        if length > MAX_HEADER_BYTES:
+            raise ProtocolError(f"{self.address} has {length} bytes under {name}, which is no header")
+        value = bytearray(length)
+        self._receive_value(name, memoryview(value), deadline)
+        return value
+
+    def _receive_value(self, name: str, into: memoryview, deadline: float) -> None:
+        try:
+            self._receive(into, deadline)
+        except PeerGone as error:
+            raise Damaged(f"{self.address} does not have all of what it says to have under {name}: {error}") from error
 
     def _reply(self, deadline: float) -> int | None:
         data = bytearray(REPLY_BYTES)
@@ -133,7 +163,7 @@ class LMConnection(Connection):
                 # The server sends a header, then the payload; a delayed acknowledgement of the one would hold up the
                 # other for 40 ms.
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-                received = self._socket.recv_into(buffer[:PIECE_BYTES], 0, socket.MSG_WAITALL)
+                received = self._socket.recv_into(buffer, 0, socket.MSG_WAITALL)
                 if not received:
                     raise PeerGone(f"{self.address} closed the connection")
                 buffer = buffer[received:]
@@ -165,11 +195,12 @@ class LMConnection(Connection):
         self._socket.close()
 
 
-def state_name(name: str) -> str:
-    """The name of the value that says whether what is under `name` is whole."""
+def piece_name(name: str, index: int, hashed: bytes) -> str:
+    """The name of a piece of the chunk `name`, by its place and its digest."""
     model, world, worker, _, dtype = name.split("@")
-    hashed = hashlib.blake2b(name.encode(), digest_size=16, person=b"kvsdk.state/1").hexdigest()
-    return "@".join((model, world, worker, hashed, dtype))
+    content = name.encode() + index.to_bytes(4, "little") + hashed
+    hashed_all = hashlib.blake2b(content, digest_size=16, person=b"kvsdk.piece/1").hexdigest()
+    return "@".join((model, world, worker, hashed_all, dtype))
 
 
 class LMServer(Server):
@@ -178,6 +209,8 @@ class LMServer(Server):
     def __init__(self, host: str, port: int, *, timeout: float, on_state: Callable[[bool], None] = lambda up: None):
         self._look = threading.Event()
         self._connection: LMConnection | None = None
+        # By name it is looked for in the thread that watches, since the system's look-up knows no deadline.
+        self._numeric = host
         super().__init__(host, port, timeout=timeout, on_state=on_state)
 
     def _ask(self) -> None:
@@ -186,7 +219,7 @@ class LMServer(Server):
             fresh = self._connection is None
             try:
                 if self._connection is None:
-                    self._connection = LMConnection(self.host, self.port, self.timeout)
+                    self._connection = self._find()
                 self._connection.health(time.monotonic() + self.timeout)
                 return
             except KVError as error:
@@ -194,6 +227,22 @@ class LMServer(Server):
                 self.lost()
                 if not isinstance(error, PeerGone) or fresh or self._stop.is_set():
                     raise
+
+    def _find(self) -> LMConnection:
+        """A connection to the first of the host's addresses that takes one."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise PeerGone(f"{self.host} has no address ({error.strerror or error})") from error
+        for *_, (numeric, *_) in found:
+            try:
+                connection = LMConnection(numeric, self.port, self.timeout)
+            except (DeadlineExceeded, PeerGone) as error:
+                last: KVError = error
+                continue
+            self._numeric = numeric
+            return connection
+        raise last
 
     def _pause(self, seconds: float) -> None:
         self._look.wait(seconds)
@@ -203,7 +252,7 @@ class LMServer(Server):
         self._look.set()
 
     def _connect(self, timeout: float) -> LMConnection:
-        return LMConnection(self.host, self.port, timeout)
+        return LMConnection(self._numeric, self.port, timeout)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kvsdk.connector.counters import Counters
-from kvsdk.connector.tasks import LoadTask
+from kvsdk.connector.tasks import LoadTask, SaveTask
 from kvsdk.connectors.lmcache.chunks import ChunkFormat
 from kvsdk.connectors.lmcache.fetching import Chunk, Chunks
 from kvsdk.connectors.pynccl.serving import Streams
@@ -20,6 +20,21 @@ from kvsdk.errors import KVError, TaskEnded
 from kvsdk.kernels import BlockStore
 
 logger = logging.getLogger("kvsdk.lmcache")
+
+
+def wait_for_fence(task: LoadTask | SaveTask) -> None:
+    """Return once the model's earlier work on the GPU is done. A GPU that never comes to it is waited for until the
+    task's deadline.
+
+    Raises:
+        TaskEnded: the task has ended, or its deadline has passed.
+    """
+    pause = 0.0001
+    while task.fence is not None and not task.fence.query():
+        if task.ended:
+            raise TaskEnded(f"the model's work before request {task.request_id} was not done in time")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.002)
 
 
 class Loader:
@@ -58,8 +73,7 @@ class Loader:
         if ticket is None:
             raise KVError("the fetched chunks are gone: their lease is over")
         try:
-            if task.fence is not None:
-                task.fence.synchronize()
+            wait_for_fence(task)
             (ids,), first = task.blocks, task.first_block
             # Sliding-window layers: vLLM wants nothing before the window, where it has its null block.
             null = int(np.argmax(ids != 0)) if ids.any() else len(ids)

@@ -17,10 +17,11 @@ import torch
 from kvsdk.buffer.keys import KEY_BYTES
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import SaveTask
-from kvsdk.connectors.lmcache.chunks import ChunkFormat, digest
-from kvsdk.connectors.lmcache.client import Connection, Job, Pool, Server
+from kvsdk.connectors.lmcache.chunks import ChunkFormat, Outgoing
+from kvsdk.connectors.lmcache.client import Connection, Damaged, Job, Pool, Server
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
+from kvsdk.connectors.lmcache.loading import wait_for_fence
 from kvsdk.connectors.pynccl.serving import Streams
 from kvsdk.errors import KVError, TaskEnded
 from kvsdk.kernels import BlockStore
@@ -31,8 +32,8 @@ PATIENCE = 1.0
 """Seconds that a save waits for host memory: meanwhile it holds blocks that vLLM may need."""
 
 MAX_PARTIAL, PARTIAL_SECONDS = 64, 60.0
-"""Chunks of which only the beginning has been computed, and how long the rest is waited for; of more requests at a time
-the oldest are not saved, and nobody says when a request has ended."""
+"""Chunks of which only the beginning has been computed, and how long the rest is waited for: nobody says when a request
+was aborted. Of more requests at a time the oldest are not saved."""
 
 PAUSE, MAX_PAUSE = 1.0, 30.0
 """Seconds in which nothing is stored after the server has refused a chunk; they double up to the second figure."""
@@ -121,11 +122,12 @@ class Saver:
             connection.announce([self._names.coming(key) for key in new], time.monotonic() + self._limit)
 
     def _spans(self, task: SaveTask) -> Iterator[tuple[int, int, int, bytes | None]]:
-        """For each chunk of which a task has whole blocks: its index, the first block, the one behind the last, and the
-        chunk's key if it ends with them.
+        """For each chunk of which a task has whole blocks, and which the prompt fills: its index, the first block, the
+        one behind the last, and the chunk's key if it ends with them.
         """
         per_chunk, first = self._form.num_blocks, task.first_block
-        end = min(first + len(task.blocks[0]), task.num_tokens // self._block_size)
+        whole = task.num_prompt_tokens // (per_chunk * self._block_size) * per_chunk
+        end = min(first + len(task.blocks[0]), task.num_tokens // self._block_size, whole)
         for index in range(first // per_chunk, -(-end // per_chunk)):
             start, stop = max(first, index * per_chunk), min(end, (index + 1) * per_chunk)
             last = slice((stop - 1 - first) * KEY_BYTES, (stop - first) * KEY_BYTES)
@@ -177,9 +179,7 @@ class Saver:
             return
         for index, start, stop, key in self._spans(task):
             if key is None:
-                # With a partly filled block, the prompt's last, there is no rest of this chunk to wait for.
-                if stop == task.first_block + len(task.blocks[0]):
-                    self._copy_part(task, index, start, stop)
+                self._copy_part(task, index, start, stop)
                 return
             name = self._names.name(key)
             if self._known.has(name, self._server.losses):
@@ -203,8 +203,7 @@ class Saver:
             partial = _Partial(index, self._take_memory(), time.monotonic())
             self._partials[task.request_id] = partial
         partial.ends = [end for end in partial.ends if end <= start - begin]
-        if task.fence is not None:
-            task.fence.synchronize()
+        wait_for_fence(task)
         ids = task.blocks[0][start - task.first_block : stop - task.first_block]
         into = self._form.part(partial.buffer, start - begin, stop - begin)
         self._copy(task, ids, into)
@@ -265,15 +264,21 @@ class Saver:
     def store(self, name: str, parts: list[int], buffer: torch.Tensor, connection: Connection) -> None:
         """Store one chunk, unless the server has it."""
         losses, deadline = self._server.losses, time.monotonic() + self._limit
-        if self._known.is_damaged(name) or not connection.exists(name, deadline):
-            header = self._form.header(name, parts, digest(buffer))
-            if not connection.put(name, [memoryview(header), memoryview(buffer.numpy())], deadline):
+        if self._known.is_damaged(name) or not self._exists(name, connection, deadline):
+            if not connection.put(Outgoing(self._form, name, parts, buffer), deadline):
                 raise KVError(f"the LMCache server at {self._server.address} does not keep what is stored")
             self._counters.add("stored_chunks")
-            self._counters.add("sent_bytes", len(header) + buffer.numel())
+            self._counters.add("sent_bytes", self._form.header_bytes + buffer.numel())
         self._pause = PAUSE
         self._known.add(name, losses)
         self._end(buffer)
+
+    def _exists(self, name: str, connection: Connection, deadline: float) -> bool:
+        try:
+            return connection.exists(name, deadline)
+        except Damaged:
+            self._known.discard(name, damaged=True)  # the next attempt does not ask
+            raise
 
     def not_stored(self, name: str, buffer: torch.Tensor, error: Exception) -> None:
         """A chunk could not be stored; nothing is for a while."""

@@ -18,7 +18,6 @@ from kvsdk.connectors.lmcache.fetching import Chunks
 from kvsdk.connectors.lmcache.host_cache import HostMemory
 from kvsdk.connectors.lmcache.keys import ChunkNames, Known
 from kvsdk.connectors.lmcache.lm_client import LMServer
-from kvsdk.connectors.lmcache.lm_protocol import MAX_PAYLOAD_BYTES
 from kvsdk.connectors.lmcache.loading import Loader
 from kvsdk.connectors.lmcache.lookup import LookupServer
 from kvsdk.connectors.lmcache.mp_client import REGISTER_TIMEOUT, MPServer, require_lmcache
@@ -49,6 +48,7 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         self._counters = Counters()
         self._server: Server | None = None
         self._pools: list[Pool] = []
+        self._memories: list[HostMemory] = []
         self._saver: Saver | None = None
         self._loader: Loader | None = None
         self._lookups: LookupServer | None = None
@@ -61,11 +61,6 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         form = ChunkFormat(layout, settings.chunk_size // layout.block_size)
         names, known = ChunkNames(context, layout, settings.chunk_size), Known()
         buffers = settings.host_bytes // form.payload_bytes
-        if not settings.multi_process and form.header_bytes + form.payload_bytes > MAX_PAYLOAD_BYTES:
-            raise ConfigError(
-                f"a chunk of {settings.chunk_size} tokens has {form.payload_bytes} bytes, and an lm:// server takes "
-                f"{MAX_PAYLOAD_BYTES} at most; set a smaller chunk_size"
-            )
         if buffers < options.produces + options.consumes:
             gigabytes = (options.produces + options.consumes) * form.payload_bytes / 2**30
             raise ConfigError(
@@ -82,7 +77,7 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
                 store,
                 pool=self._pool("store", STORE_CONNECTIONS, max(options.lookup_timeout, STORE_TIMEOUT)),
                 announcements=self._pool("announce", ANNOUNCE_CONNECTIONS, max(options.lookup_timeout, STORE_TIMEOUT)),
-                memory=HostMemory(form.payload_bytes, share, pinned=pinned),
+                memory=self._memory(form, share, pinned),
                 block_size=layout.block_size,
                 limit=options.load_timeout,
                 streams=streams,
@@ -91,7 +86,7 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         if options.consumes:
             chunks = Chunks(
                 pool=self._pool("fetch", FETCH_CONNECTIONS),
-                memory=HostMemory(form.payload_bytes, share, pinned=pinned),
+                memory=self._memory(form, share, pinned),
                 lease=options.lease,
                 limit=options.load_timeout,
                 verify=options.verify,
@@ -148,6 +143,10 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         self._pools.append(pool)
         return pool
 
+    def _memory(self, form: ChunkFormat, buffers: int, pinned: bool) -> HostMemory:
+        self._memories.append(HostMemory(form.payload_bytes, buffers, pinned=pinned))
+        return self._memories[-1]
+
     def _tell(self, up: bool) -> None:
         if self._lookups is not None:
             self._lookups.look()
@@ -191,3 +190,5 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         for part in (self._lookups, *self._pools, self._saver, self._loader):
             if part is not None:
                 part.close(deadline)
+        for memory in self._memories:
+            memory.close()
