@@ -244,7 +244,7 @@ def test_a_launch_passes_its_structure_by_value_in_pytorchs_context(driver):
         module.launch("small", 7, 512, cuda._Finish(num_blocks=5), 99)
         launch = driver.calls[-1][1]
         assert driver.calls[0] == ("cuCtxSetCurrent", ("cuDevicePrimaryCtxRetain's",))
-        assert launch[:9] == ("cuModuleGetFunction's", 7, 1, 1, 512, 1, 1, 0, "stream 99")
+        assert launch[:9] == ("cuModuleGetFunction's", 7, 1, 1, 512, 1, 1, 0, 99)
         assert driver.launched == 5
     assert "cuModuleGetFunction" not in [name for name, _ in driver.calls], "a function is looked up once"
 
