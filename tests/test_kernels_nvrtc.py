@@ -215,9 +215,6 @@ class Driver:
         call.__name__ = name
         return call
 
-    def CUstream(self, value):
-        return f"stream {value}"
-
 
 class SimpleStatus(int):
     def __new__(cls, value, name):

@@ -7,7 +7,7 @@ from broken import BROKEN, NATIVE, NativeStore
 
 from kvsdk.testing import Subject, suite
 
-SEEDS = [1, 2, 3]
+SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
 
 
 def fails(subject, test, arguments, seed):
