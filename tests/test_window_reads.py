@@ -117,9 +117,16 @@ def test_an_offer_that_was_told_of_is_read_without_a_word_before(pair, sent, fir
 
 def test_an_offer_that_is_digested_piece_by_piece_is_put_together(pair, sent, monkeypatch):
     monkeypatch.setitem(serving.DIGEST_BYTES, "cpu", 5 * pair.source.layout().block_bytes)
+    added, add = [], pair.fetcher._known.add
+
+    def noted(transfer_id, total, first, ids, digests):
+        added.append((transfer_id, first, len(ids)))
+        add(transfer_id, total, first, ids, digests)
+
+    monkeypatch.setattr(pair.fetcher._known, "add", noted)
     pair.keep("x")
     pair.told("x")
-    assert sent.count("digested") in (1, 2, 3)
+    assert [part for part in added if part[0] == "x"] == [("x", 0, 5), ("x", 5, 5), ("x", 10, 2)]
     del sent[:]
     assert pair.load("x").state is TaskState.DONE
     pair.same()
@@ -168,6 +175,68 @@ def test_offers_that_nobody_loads_are_forgotten_and_can_be_loaded_all_the_same(p
     assert pair.load("0").state is TaskState.DONE
     pair.same()
     assert "read" in sent
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_load_that_is_given_up_when_all_has_come_harms_no_other(pair, monkeypatch, told):
+    pair.keep("x")
+    if told:
+        pair.told("x")
+    done = LoadTask.done
+
+    def too_late(task):
+        task.expire()
+        done(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadTask, "done", too_late)
+        if not told:
+            patch.setattr(pair.fetcher._known, "get", lambda *args: None)
+            patch.setattr(pair.fetcher._known, "whole", lambda *args: None)
+        assert pair.load("x").state is TaskState.EXPIRED
+    for hold in ("y", "z"):
+        pair.keep(hold)
+        pair.told(hold)
+        assert pair.load(hold).state is TaskState.DONE
+        pair.same()
+
+
+def test_a_device_without_room_for_what_is_told_costs_no_load(pair, sent, monkeypatch, caplog):
+    def no_room(*args):
+        raise RuntimeError("out of memory, on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.fetcher._known, "_choose", no_room)
+        pair.keep("x")
+        deadline = time.monotonic() + 10
+        while not any("has no room" in record.getMessage() for record in caplog.records):
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+    assert pair.load("x").state is TaskState.DONE
+    pair.same()
+    assert "read" in sent
+
+
+def test_what_was_told_in_answer_to_a_read_is_not_told_again(pair, sent, monkeypatch):
+    digest = serving.BlockStore.digest_in_place
+    monkeypatch.setattr(serving.BlockStore, "digest_in_place", lambda *args: (time.sleep(0.3), digest(*args))[1])
+    pair.keep("x")
+    assert pair.load("x").state is TaskState.DONE, "the load did not wait for the digests"
+    assert "read" in sent
+    time.sleep(0.2)
+    assert pair.fetcher._known.whole("x") is None
+
+
+def test_nobody_rings_while_holding_the_lock_that_the_models_thread_takes():
+    offers, held = serving.Offers(), []
+
+    class News:
+        def put(self, *args):
+            held.append(offers._changed._is_owned())
+
+    with offers.told(News()):
+        offers.digested(offers.add("x", np.arange(3, dtype=np.int32)), np.zeros(3, np.uint64))
+    assert held == [False]
 
 
 def test_without_checks_nothing_is_told_and_every_read_is_confirmed(sent, no_thread_left):

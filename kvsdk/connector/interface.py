@@ -120,13 +120,14 @@ class RequestView:
         self._prompt, self._num_tokens = prompt, len(prompt)
         self.kv_transfer_params = kv_transfer_params
         self._keys: Future[PrefixKeys] | None = None
+        self._waited_for = False
 
     @property
     def prompt(self) -> np.ndarray:
         """int32 array (P,), the prompt's token ids. The first to ask takes 20 µs for 1,000 tokens: `keys` do, in the
         background."""
         if not isinstance(self._prompt, np.ndarray):
-            self._prompt = as_tokens(self._prompt)
+            self._prompt = as_tokens(self._prompt, self._num_tokens, self._pause)
         return self._prompt
 
     @property
@@ -156,13 +157,21 @@ class RequestView:
             TimeoutError: they have not been computed within 10 s.
         """
         if self._keys is None:
+            self._waited_for = True
             computed: Future[PrefixKeys] = Future()
             computed.set_result(self._computed_keys())
             self._keys = computed
+        self._waited_for = True
         return self._keys.result(10.0)
 
     def _computed_keys(self) -> PrefixKeys:
-        return prefix_keys(self.prompt, self.block_size, self.root)
+        return prefix_keys(self.prompt, self.block_size, self.root, self._pause)
+
+    def _pause(self) -> None:
+        """Lets the thread that runs the model have its turn, unless somebody waits. A pause of 0 would be over before
+        another thread has woken."""
+        if not self._waited_for:
+            time.sleep(2e-5)
 
 
 @dataclasses.dataclass(frozen=True)

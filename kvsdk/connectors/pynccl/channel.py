@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import select
@@ -22,6 +23,13 @@ def zmq_context() -> zmq.Context[Any]:
     return zmq.Context()
 
 
+@functools.cache
+def _libc() -> ctypes.PyDLL:
+    library = ctypes.PyDLL(None, use_errno=True)
+    library.eventfd_write.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    return library
+
+
 class Bell:
     """Wakes the one thread that waits for it, or for a `Channel` that has it; rung from any thread.
 
@@ -35,10 +43,11 @@ class Bell:
         self._poll.register(self._fd, select.POLLIN)
 
     def ring(self) -> None:
-        """Nothing once it is closed."""
+        """Nothing once it is closed. Keeps Python's interpreter lock, unlike `os.eventfd_write`: the thread that runs
+        the model would have to win it back."""
         with self._lock:
-            if self._fd >= 0:
-                os.eventfd_write(self._fd, 1)
+            if self._fd >= 0 and _libc().eventfd_write(self._fd, 1) != 0:
+                raise OSError(ctypes.get_errno(), "a bell cannot be rung")
 
     def wait(self, timeout: float) -> None:
         """Until it rings, at most `timeout` seconds."""
@@ -60,6 +69,9 @@ class Bell:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Channel:
@@ -141,15 +153,18 @@ class Channel:
                     self._bell.heed()
                     return False
 
-    def recv(self, deadline: float) -> tuple[str, dict[str, Any]]:
+    def recv(self, deadline: float, stop: threading.Event | None = None) -> tuple[str, dict[str, Any]]:
         """The next message.
 
         Raises:
+            PipeClosed: `stop` was set before it came.
             DeadlineExceeded: none came in time.
             PeerGone: the peer is gone.
             ProtocolError: it was not a message of this protocol.
         """
         while not self.poll(min(1.0, deadline - time.monotonic())):
+            if stop is not None and stop.is_set():
+                raise PipeClosed("this side closes")
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"no word from {self.address}")
         return WORKER_WIRE.decode(self._socket.recv())

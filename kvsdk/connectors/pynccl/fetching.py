@@ -119,7 +119,11 @@ class _Known:
         while self._blocks > KNOWN_BLOCKS or len(self._offers) > KNOWN_OFFERS:
             self.drop(next(iter(self._offers)))
         if told.whole:
-            told.chosen = self._choose(told.ids, told.digests)
+            try:
+                told.chosen = self._choose(told.ids, told.digests)
+            except (KVError, RuntimeError) as error:  # a help, for want of which no load fails
+                logger.warning("the device has no room for what is known of an offer: %s", error)
+                self.drop(transfer_id)
 
     def get(self, transfer_id: str, more_than: int) -> PeerBlocks | None:
         """The first blocks of an offer, if more than so many are known."""
@@ -286,9 +290,10 @@ class Fetcher:
         try:
             if read.began is None:
                 read.began = time.monotonic()
-                if self._at_once(read):
-                    return False
-            if not task.ended:
+                loaded = self._at_once(read)
+            else:
+                loaded = False
+            if not (loaded or task.ended):
                 self._connect_if_needed(task.deadline)
                 if self._fetch(read):
                     return True
@@ -316,8 +321,6 @@ class Fetcher:
         if not self._read_known(read, known, task.first_block, count):
             return False
         self._finish(read)
-        self._known.drop(task.source.transfer_id)
-        self._counters.add("load_seconds", time.monotonic() - read.began)
         self._read_id += 1
         self._took(count)
         return True
@@ -413,8 +416,11 @@ class Fetcher:
         """End a load of which no more will come."""
         task = read.task
         if not read.bad and read.received == read.total:
-            self._counters.add_all(loaded_blocks=read.total, loaded_bytes=self._store.staging_bytes(read.total))
-            task.done()
+            try:
+                self._counters.add_all(loaded_blocks=read.total, loaded_bytes=self._store.staging_bytes(read.total))
+                task.done()
+            except TaskEnded:
+                logger.info("the load of request %s was given up when all had come", task.request_id)
         else:
             bad = np.concatenate([*read.bad, np.arange(read.received, read.total)])
             reason = read.reason or KVError(f"{len(bad)} blocks from {self.address} do not match their digests")
@@ -499,9 +505,12 @@ class Fetcher:
         with task.using():
             if stream is not None and fence is not None:
                 stream.wait_event(fence)
-            self._store.pull(chosen, block_ids, first=first, wrong=self._wrong if self._verify else None)
-            if stream is not None:
-                stream.synchronize()
+            try:
+                self._store.pull(chosen, block_ids, first=first, wrong=self._wrong if self._verify else None)
+            finally:
+                # Also where only half of it could be launched: the task's blocks are its own no longer than this.
+                if stream is not None:
+                    stream.synchronize()
         return self._wrong_bytes[:count].nonzero()[0] if self._verify else np.empty(0, np.int64)
 
     # ---- a stream
@@ -524,10 +533,10 @@ class Fetcher:
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
-        kind, fields = self._channel.recv(task.deadline)
+        kind, fields = self._channel.recv(task.deadline, self._stop)
         while kind == "digested":
             self._note(kind, fields)
-            kind, fields = self._channel.recv(task.deadline)
+            kind, fields = self._channel.recv(task.deadline, self._stop)
         if fields.get("read_id") != self._read_id:
             raise ProtocolError(f"{self.address} sent {kind} of another read")
         return kind, fields

@@ -47,6 +47,7 @@ DIGEST_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """What is digested before it is told, by the kind of device: a read need not wait for more. A GPU takes 0.2 ms."""
 
 _ENDED_REMEMBERED = 1024
+_NEWS_KEPT = 4096
 
 
 class Streams:
@@ -121,10 +122,17 @@ class News:
     def __init__(self, bell: Bell):
         self._bell = bell
         self._parts: queue.SimpleQueue[tuple[_Offer, int, np.ndarray]] = queue.SimpleQueue()
+        self._answered: tuple[_Offer | None, int] = None, 0
 
     def put(self, offer: _Offer, first: int, digests: np.ndarray) -> None:
-        self._parts.put((offer, first, digests))
-        self._bell.ring()
+        """From any thread. What nobody hears in time is not kept for ever: a consumer can ask."""
+        if self._parts.qsize() < _NEWS_KEPT:
+            self._parts.put((offer, first, digests))
+            self._bell.ring()
+
+    def answered(self, offer: _Offer, end: int) -> None:
+        """The consumer has heard of the blocks up to `end` in answer to its read."""
+        self._answered = offer, end
 
     def tell(self, channel: Channel) -> None:
         """Send what there is, unless it is old or the consumer reads nothing."""
@@ -133,7 +141,8 @@ class News:
                 offer, first, digests = self._parts.get_nowait()
             except queue.Empty:
                 return
-            if offer.standing:
+            known, end = self._answered
+            if offer.standing and not (offer is known and first + len(digests) <= end):
                 channel.offer(
                     "digested",
                     transfer_id=offer.transfer_id,
@@ -188,12 +197,13 @@ class Offers:
     def digested(self, offer: _Offer, digests: np.ndarray) -> None:
         """The digests of the next blocks of an offer. If it ended before, they may be of anything and are dropped."""
         with self._changed:
+            first, listeners = len(offer.digests), list(self._listeners) if offer.standing else []
             if offer.standing:
-                first = len(offer.digests)
                 offer.digests = np.concatenate([offer.digests, digests])
-                for news in self._listeners:
-                    news.put(offer, first, offer.digests[first:])
             self._changed.notify_all()
+        # Not under the lock, which the thread that runs the model takes, too.
+        for news in listeners:
+            news.put(offer, first, digests)
 
     def not_digested(self, offer: _Offer, failure: str) -> None:
         """The next blocks of an offer cannot be digested, so nobody can read them."""
@@ -313,6 +323,7 @@ class WorkerServer:
         self._stop = threading.Event()
         self._pairs: dict[threading.Thread, PipeHost | None] = {}
         self._pipes: set[Pipe] = set()
+        self._bells: set[Bell] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="kvsdk-worker-server", daemon=True)
         self._thread.start()
@@ -386,6 +397,8 @@ class WorkerServer:
     def _serve_window(self, channel: Channel, bell: Bell, timeout: float) -> None:
         news = News(bell)
         try:
+            with self._lock:
+                self._bells.add(bell)
             with _ends_of_pairs(self._stop), self._offers.told(news):
                 if channel.recv(time.monotonic() + timeout)[0] != "opened":
                     return
@@ -397,23 +410,24 @@ class WorkerServer:
                         if kind == "bye":
                             return
                         if kind == "read":
-                            self._tell(channel, fields)
+                            self._tell(channel, news, fields)
                         elif kind == "took":
                             self._took(fields)
                         else:
                             raise ProtocolError(f"{kind} on a pair's channel")
         finally:
             channel.close()
-            bell.close()
             with self._lock:
+                self._bells.discard(bell)
                 del self._pairs[threading.current_thread()]
+            bell.close()
 
     def _took(self, fields: dict[str, Any]) -> None:
         if not 0 < fields["count"] <= self._store.layout.num_blocks:
             raise ProtocolError(f"a consumer that took {fields['count']} blocks")
         self._counters.add("sent_bytes", self._store.staging_bytes(fields["count"]))
 
-    def _tell(self, channel: Channel, fields: dict[str, Any]) -> None:
+    def _tell(self, channel: Channel, news: News, fields: dict[str, Any]) -> None:
         """Answer a read of this worker's memory: which blocks, and their digests."""
         read_id, first = fields["read_id"], fields["first"]
         deadline = time.monotonic() + max(0.0, fields["timeout"])
@@ -427,6 +441,8 @@ class WorkerServer:
         ids = offer.block_ids[first : first + count].astype("<i4").tobytes()
         told = offer.digests[first : first + count].astype("<u8").tobytes() if self._verify else b""
         channel.send("blocks", read_id=read_id, ids=ids, digests=told)
+        if self._verify:
+            news.answered(offer, first + count)
         while not channel.poll(0.5):
             if self._stop.is_set() or time.monotonic() > deadline:
                 return
@@ -485,6 +501,9 @@ class WorkerServer:
         deadline = time.monotonic() + timeout
         with self._lock:
             pipes, hosts, threads = list(self._pipes), list(self._pairs.values()), [self._thread, *self._pairs]
+            bells = list(self._bells)
+        for bell in bells:
+            bell.ring()
         for pipe in pipes:
             pipe.abort()
         for host in hosts:
