@@ -46,10 +46,8 @@ _LAYER_SEED = 0xD6E8FEB86659FD93
 _HALF = 32
 _LOW = (1 << _HALF) - 1
 _CPU_PIECE = 131072  # 64-bit words: 1 MiB, which stays in a core's second-level cache from the first pass to the second
-_MATMUL_BYTES = 1 << 16
-"""Most bytes of a row that one matrix product takes: 2^16 products of a byte and a digit, 255 * 128 at most, fit 31 bits."""
-_MATMUL_ROWS = 16
-"""For fewer rows a matrix product is not worth the time in which its other factor is laid out anew."""
+_MATMUL_BYTES = 1 << 16  # of a row at a time: 2^16 products of a byte and a digit, 255 * 128 at most, fit 31 bits
+_MATMUL_ROWS = 16  # for fewer, a product is not worth the time in which its other factor is laid out anew
 _PROBE_ROWS = 64
 _CUDA_PIECE = 1 << 21  # words; with a temporary 32 MiB, which stays in the second-level cache of data-centre GPUs
 
