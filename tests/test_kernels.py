@@ -12,6 +12,7 @@ from support.caches import DTYPES, KINDS, make_cache
 
 from kvsdk.errors import MismatchError
 from kvsdk.kernels import BlockStore, splitmix64
+from kvsdk.kernels.digest import WordMixer
 from kvsdk.layout import layout_of
 
 M64 = (1 << 64) - 1
@@ -201,8 +202,60 @@ def test_what_digests_on_gpus_computes_the_same_on_a_cpu(kind, monkeypatch):
         store = make_cache(kind, torch.uint8, content=content).store()
         data = random_staging(store, 5)
         expected = digest(store, data)
-        monkeypatch.setattr(store._blocks.mixer, "by_numpy", by_torch(store._blocks.mixer))
+        monkeypatch.setattr(store._blocks.mixer, "row_sums", by_torch(store._blocks.mixer))
         assert digest(store, data).tolist() == expected.tolist()
+
+
+def exact_product(rows, digits):
+    return (rows.to(torch.int64) @ digits.to(torch.int64)).to(torch.int32)
+
+
+def saturating_product(rows, digits):
+    """As CPUs without VNNI do it: sums of two neighbouring products end at 16 bits."""
+    products = rows.to(torch.int64)[:, :, None] * digits.to(torch.int64)[None]
+    return products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1).sum(1).to(torch.int32)
+
+
+def no_product(rows, digits):
+    raise RuntimeError("not implemented")
+
+
+def extreme_rows(nbytes):
+    """Random bytes, and the largest bytes alone, which make the largest sums."""
+    rows = np.random.default_rng(3).integers(0, 256, (20, nbytes), dtype=np.uint8)
+    rows[16:] = 255
+    return torch.from_numpy(rows)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4, 7, 60, 1000, 65536, 65536 + 20])
+def test_a_matrix_product_of_bytes_gives_the_same_sums(monkeypatch, nbytes):
+    monkeypatch.setattr(torch, "_int_mm", exact_product)
+    monkeypatch.setattr(WordMixer, "_matmul_pays", lambda self, nbytes: True)
+    mixer, rows = WordMixer(nbytes, torch.device("cpu")), extreme_rows(nbytes)
+    assert mixer.row_sums(rows).tolist() == mixer.by_numpy(rows).tolist() == mixer.by_matmul(rows).tolist()
+
+
+@pytest.mark.parametrize("nbytes", [1000, 65536, 65536 + 20])
+def test_what_this_cpu_digests_with_is_exact(nbytes):
+    mixer, rows = WordMixer(nbytes, torch.device("cpu")), extreme_rows(nbytes)
+    assert mixer.row_sums(rows).tolist() == mixer.by_numpy(rows).tolist()
+
+
+@pytest.mark.parametrize("product", [saturating_product, no_product])
+def test_a_product_that_is_not_exact_or_not_there_is_not_used(monkeypatch, product):
+    monkeypatch.setattr(torch, "_int_mm", product)
+    monkeypatch.setattr("kvsdk.kernels.digest._fastest_of", lambda times, digest, rows: digest.__name__ == "by_numpy")
+    mixer, rows = WordMixer(256, torch.device("cpu")), extreme_rows(256)
+    assert mixer.row_sums(rows).tolist() == mixer.by_numpy(rows).tolist()
+    monkeypatch.setattr(torch, "_int_mm", exact_product)
+    assert WordMixer(256, torch.device("cpu"))._digits is not None, "it would have been used"
+
+
+def test_digesting_leaves_the_number_of_threads_as_it_was():
+    store = make_cache("HND", torch.float32, blocks=40, layers=2).store()
+    before = torch.get_num_threads()
+    digest(store, random_staging(store, 40))
+    assert torch.get_num_threads() == before
 
 
 def test_splitmix64_is_the_published_generator():

@@ -1,4 +1,4 @@
-"""The digest of blocks, `mix64-v2`, by NumPy on CPUs and by PyTorch on GPUs; `csrc/blocks.cu` computes the same.
+"""The digest of blocks, `mix64-v2`, on CPUs and by PyTorch on GPUs; `csrc/blocks.cu` computes the same.
 
 A layer's part of a block is read as little-endian 32-bit words, filled up with zeros to an even number of them. Word i
 is multiplied with a key of its own, the odd number `splitmix64(i) | 1`, and the products are added up modulo 2^64: a
@@ -23,10 +23,18 @@ It is no protection against an adversary, who knows the keys.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger("kvsdk.kernels")
 
 DIGEST_ALGORITHM = "mix64-v2"
 """Named in handshakes: two servers compare digests only if they compute the same ones."""
@@ -38,6 +46,9 @@ _LAYER_SEED = 0xD6E8FEB86659FD93
 _HALF = 32
 _LOW = (1 << _HALF) - 1
 _CPU_PIECE = 131072  # 64-bit words: 1 MiB, which stays in a core's second-level cache from the first pass to the second
+_MATMUL_BYTES = 1 << 16  # of a row at a time: 2^16 products of a byte and a digit, 255 * 128 at most, fit 31 bits
+_MATMUL_ROWS = 16  # for fewer, a product is not worth the time in which its other factor is laid out anew
+_PROBE_ROWS = 64
 _CUDA_PIECE = 1 << 21  # words; with a temporary 32 MiB, which stays in the second-level cache of data-centre GPUs
 
 
@@ -77,13 +88,22 @@ class WordMixer:
         self._between = high - (low << np.uint64(_HALF))
         self._here = low.copy()
         self._here[1:] -= high[:-1] << np.uint64(_HALF)
+        self._digits: torch.Tensor | None = None
+        if device.type == "cpu":
+            self._digits = _digits_of_keys(np.stack([low, high], axis=1).reshape(-1)[: -(-longest // 4)])
+            if not self._matmul_pays(min(longest, _MATMUL_BYTES)):
+                self._digits = None
 
     def row_sums(self, rows: torch.Tensor) -> np.ndarray | torch.Tensor:
         """The sums of words times keys, one for each of `rows`, which is `(blocks, bytes)`.
 
         For `digests`: on CUDA that alone waits.
         """
-        return self.by_torch(rows) if self._device.type == "cuda" else self.by_numpy(rows)
+        if self._device.type == "cuda":
+            return self.by_torch(rows)
+        if self._digits is not None and len(rows) >= _MATMUL_ROWS:
+            return self.by_matmul(rows)
+        return self.by_numpy(rows)
 
     def digests(self, sums: list[Any], positions: np.ndarray) -> np.ndarray:
         """Digests of blocks, uint64, from one `row_sums` a layer. On CUDA this waits for the current stream."""
@@ -92,7 +112,7 @@ class WordMixer:
         return finish(np.stack(sums), positions)
 
     def by_numpy(self, rows: torch.Tensor) -> np.ndarray:
-        """For CPUs: a pass over a piece that is in the cache then, and one more."""
+        """For any CPU: a pass over a piece that is in the cache then, and one more."""
         words_BW = _pad_to_words(rows).numpy().view(np.uint64)
         last = words_BW.shape[1] - 1
         between_BW = words_BW.view(np.uint32)[:, 1:-1].view(np.uint64)
@@ -102,6 +122,41 @@ class WordMixer:
             columns = slice(columns.start, min(columns.stop, last))
             sums_B[blocks] += np.einsum("bw,w->b", between_BW[blocks, columns], self._between[columns])
         return sums_B
+
+    def by_matmul(self, rows: torch.Tensor) -> np.ndarray:
+        """For CPUs that multiply matrices of bytes: 8 numbers a row, a digit of the keys each, and these put together.
+
+        Raises:
+            RuntimeError, AttributeError: this PyTorch has no such product.
+        """
+        assert self._digits is not None
+        sums_B = np.zeros(len(rows), np.uint64)
+        places = np.uint64(1) << (np.uint64(8) * np.arange(8, dtype=np.uint64))
+        with _one_thread():
+            for first in range(0, rows.shape[1], _MATMUL_BYTES):
+                part = rows[:, first : first + _MATMUL_BYTES]
+                products = torch._int_mm(part, self._digits[first : first + part.shape[1]])
+                sums_B += products.numpy().astype(np.uint64) @ places
+        return sums_B
+
+    def _matmul_pays(self, nbytes: int) -> bool:
+        """Whether this CPU and this PyTorch multiply matrices of bytes exactly, and faster than NumPy takes two passes.
+
+        CPUs from 2019 on have instructions for that (VNNI, AMX). Older ones add two products up in 16 bits, where the
+        largest bytes meet digits of one sign and the sum is cut off.
+        """
+        digits = self._digits[:nbytes].numpy().T
+        largest = np.concatenate([digits < 0, digits > 0, np.ones((1, nbytes), bool)]) * np.uint8(255)
+        rest = np.random.default_rng(0).integers(0, 256, (_PROBE_ROWS - len(largest), nbytes), np.uint8)
+        rows = torch.from_numpy(np.concatenate([largest, rest]))
+        try:
+            if not np.array_equal(self.by_matmul(rows), self.by_numpy(rows)):
+                logger.debug("this CPU's products of matrices of bytes are not exact")
+                return False
+        except (RuntimeError, AttributeError) as error:
+            logger.debug("this PyTorch has no product of matrices of bytes: %s", error)
+            return False
+        return _fastest_of(3, self.by_matmul, rows) < _fastest_of(3, self.by_numpy, rows)
 
     def by_torch(self, rows: torch.Tensor) -> torch.Tensor:
         """For GPUs, int64. PyTorch's int64 wraps like uint64 but shifts in the sign, which a mask undoes."""
@@ -120,6 +175,19 @@ class WordMixer:
         return sums_B
 
 
+def _digits_of_keys(keys: np.ndarray) -> torch.Tensor:
+    """`(bytes, 8)`, int8: what a byte of a row is multiplied with, modulo 2^64, in digits of the base 256.
+
+    That is its word's key times 256 for each byte before it in the word; digits are from -128 to 127, the lowest first.
+    """
+    rest = (keys[:, None] << (np.uint64(8) * np.arange(4, dtype=np.uint64))).reshape(-1)
+    digits = np.empty((8, len(rest)), np.int8)
+    for row in digits:
+        row[:] = rest.astype(np.uint8).view(np.int8)
+        rest = (rest - row.astype(np.uint64)) >> np.uint64(8)
+    return torch.from_numpy(digits).t()
+
+
 def _pad_to_words(rows: torch.Tensor) -> torch.Tensor:
     """`(blocks, bytes)` with rows of whole 8-byte words, each starting at one; a copy only where it is needed."""
     rest = -rows.shape[1] % 8
@@ -128,6 +196,40 @@ def _pad_to_words(rows: torch.Tensor) -> torch.Tensor:
     padded = rows.new_zeros((rows.shape[0], rows.shape[1] + rest))
     padded[:, : rows.shape[1]] = rows
     return padded
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP that PyTorch computes with: symbols are looked for in what a library was linked with, too."""
+    return ctypes.PyDLL(torch._C.__file__)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps a product in the calling thread.
+
+    Else each thread that digests would have a team of threads of its own, as many as there are cores, which go on
+    spinning for a while after each product: on the cores that the model computes with.
+
+    Raises:
+        AttributeError: PyTorch computes without OpenMP.
+    """
+    before = _openmp().omp_get_max_threads()
+    _openmp().omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        _openmp().omp_set_num_threads(before)
+
+
+def _fastest_of(times: int, digest: Callable[[torch.Tensor], Any], rows: torch.Tensor) -> float:
+    """Seconds of the fastest call: the others may have been interrupted."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        digest(rows)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def _pieces(shape: tuple[int, ...], limit: int) -> list[tuple[slice, slice]]:

@@ -35,9 +35,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+REFUSED_AT_ONCE = ("no_such_role", "buffer_of_0", "buffer_of_12", "no_peer")
+"""Refused as `no_such_option` is, before anything starts; tests/test_config.py has them without servers."""
+
+
 @pytest.fixture(scope="module")
-def mistaken(new_fleet, tiny_llama, tmp_path_factory):
-    """Every mistake's server, by name, once it has ended or not; four run at a time."""
+def mistaken(request, new_fleet, tiny_llama, tmp_path_factory):
+    """The server of every mistake that is tested, by name, once it has ended or not; four run at a time."""
+    tests = [item for item in request.session.items if "mistaken" in getattr(item, "fixturenames", ())]
+    names = [item.callspec.params["name"] for item in tests]
     mamba = _tiny_mamba(tmp_path_factory.mktemp("tiny-mamba"), tiny_llama)
     with socket.socket() as busy, new_fleet(tiny_llama) as fleet:
         busy.bind((HOST, 0))
@@ -59,7 +65,7 @@ def mistaken(new_fleet, tiny_llama, tmp_path_factory):
             return server
 
         with ThreadPoolExecutor(4) as pool:
-            yield dict(zip(MISTAKES, pool.map(run, MISTAKES), strict=True))
+            yield dict(zip(names, pool.map(run, names), strict=True))
 
 
 def _complaints(server: Server, name: str) -> list[str]:
@@ -80,7 +86,9 @@ def _tiny_mamba(path: Path, tokenizer: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in REFUSED_AT_ONCE else name for name in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_the_end_of_the_server(mistaken, name):
     server = mistaken[name]
     assert server.process.poll() is not None, f"{name} still runs {END_TIMEOUT:g} s after it said what is wrong"

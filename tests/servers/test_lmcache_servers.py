@@ -32,26 +32,30 @@ def mp_store():
         yield one
 
 
-@pytest.fixture(scope="module")
-def servers(tiny_llama, new_fleet, store, mp_store):
-    def config(url, role="kv_both"):
-        options = {"remote_url": url, "chunk_size": CHUNK, "lookup_timeout": LOOKUP_TIMEOUT}
-        return transfer_config({"kv_connector": "LMCacheConnector", "kv_role": role, **options})
+def config(url, role="kv_both"):
+    options = {"remote_url": url, "chunk_size": CHUNK, "lookup_timeout": LOOKUP_TIMEOUT}
+    return transfer_config({"kv_connector": "LMCacheConnector", "kv_role": role, **options})
 
+
+@pytest.fixture(scope="module")
+def fleet(tiny_llama, new_fleet, store):
     with new_fleet(tiny_llama) as fleet:
         shared = [fleet.vllm(f"server-{i}", config(store.url), **LARGE) for i in range(3)]
         proxy = fleet.proxy("repeat", shared[0], shared[1], free_port())
+        fleet.wait()
+        yield shared, proxy
+
+
+@pytest.fixture(scope="module")
+def mp_fleet(tiny_llama, new_fleet, mp_store):
+    with new_fleet(tiny_llama) as fleet:
+        alone = fleet.vllm("alone", None, **LARGE)
         mp_store.wait()
         roles = ("kv_producer", "kv_consumer")
         pair = [fleet.vllm(f"mp-{role}", config(mp_store.url, role), **LARGE) for role in roles]
-        mp_proxy = fleet.proxy("repeat", *pair, free_port())
+        proxy = fleet.proxy("repeat", *pair, free_port())
         fleet.wait()
-        yield shared, proxy, pair, mp_proxy
-
-
-@pytest.fixture
-def fleet(servers):
-    return servers[:2]
+        yield alone, pair, proxy
 
 
 def test_what_one_server_computed_the_others_load(fleet):
@@ -87,13 +91,14 @@ def test_through_a_proxy_whole_chunks_come_from_the_server(fleet):
         assert tokens == expected
 
 
-def test_through_the_multi_process_server_whole_chunks_come_over(servers):
-    shared, _, pair, proxy = servers
+@pytest.mark.slow
+def test_through_the_multi_process_server_whole_chunks_come_over(mp_fleet):
+    alone, pair, proxy = mp_fleet
     prompts = Prompts("lmcache mp proxy")
     prefix = prompts.of(3 * CHUNK)
     for length in (770, 3 * CHUNK + 40):
         prompt = prompts.of(length, prefix)
-        expected, counts = answer(shared[2], prompt), [Count(server) for server in pair]
+        expected, counts = answer(alone, prompt), [Count(server) for server in pair]
         assert answer(proxy, prompt) == expected
         computed, found = (count.adds_up_to(len(prompt)) for count in counts)
         whole = length // CHUNK * CHUNK

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import os
 import queue
 import socket
 import threading
@@ -20,7 +21,7 @@ import torch
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Bell, Channel
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_chunks
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
@@ -34,8 +35,9 @@ PART_WAIT = 0.004
 OFFER_TIMEOUT = 10.0
 """Seconds for the producer's worker to hear of an offer: it does in its next step, and steps may be long."""
 
-WRITERS = 2
-"""Threads that digest and write what one producer sends, on a CPU: one chunk is digested while another is written."""
+WRITERS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
+"""Threads that digest and write what one producer sends, on a CPU. Where a second one has a core, one chunk is digested
+while another is written; where the producer needs that core, the two only take turns at it."""
 
 KNOWN_BLOCKS, KNOWN_OFFERS = 1 << 20, 4096
 """Of how many blocks and offers, that a producer told of and nobody has loaded yet, ids and digests are kept: 12 MiB on
@@ -526,7 +528,7 @@ class Fetcher:
                 read.reason = KVError(f"{self.address}: {fields['reason']}")
                 return
             count = fields.get("count", 0)
-            if kind != "row" or not 0 < count <= min(ROW_CHUNKS * self._chunk, end - read.received):
+            if kind != "row" or not 0 < count <= min(row_chunks(self._pipe.kind) * self._chunk, end - read.received):
                 raise ProtocolError(f"{self.address} sent {kind} out of turn")
             sizes = [self._store.staging_bytes(n) for n in cut(count, self._chunk)]
             self._pipe.recv_row(sizes, functools.partial(self._drain, read), read.task.deadline)

@@ -70,8 +70,14 @@ COMPARED = ("protocol", "model", "parallel", "layout", "digest")
 
 NO_DIGEST = "off"
 
-ROW_CHUNKS = 16
-"""Most messages of a row: how much is sent on after a read has failed, and what is enqueued at once."""
+
+def row_chunks(kind: str) -> int:
+    """Most messages of a row on a pipe of this kind.
+
+    What is left of a row is sent on after a read has failed, and NCCL's part is enqueued at once. Between two rows
+    everything stands still on both sides until the first one's last message is written.
+    """
+    return 16 if kind == "nccl" else 64
 
 
 def chunk_blocks(staging_bytes: int, block_bytes: int) -> int:

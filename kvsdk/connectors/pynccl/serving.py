@@ -19,7 +19,7 @@ import zmq
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Bell, Channel, zmq_context
-from kvsdk.connectors.pynccl.protocol import ROW_CHUNKS, WORKER_WIRE, chunk_blocks, cut
+from kvsdk.connectors.pynccl.protocol import WORKER_WIRE, chunk_blocks, cut, row_chunks
 from kvsdk.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -629,11 +629,12 @@ class _Read:
         for fence in offer.fences(first):
             torch.cuda.current_stream().wait_event(fence)
         self._channel.send("part", read_id=self._read_id, count=count)
-        for start in range(first, first + count, ROW_CHUNKS * self._chunk):
+        longest = row_chunks(self._pipe.kind) * self._chunk
+        for start in range(first, first + count, longest):
             self._heed()
             if self._failed:
                 return
-            row = cut(min(ROW_CHUNKS * self._chunk, first + count - start), self._chunk)
+            row = cut(min(longest, first + count - start), self._chunk)
             self._channel.send("row", read_id=self._read_id, count=sum(row))
             sizes = [self._store.staging_bytes(n) for n in row]
             self._pipe.send_row(sizes, functools.partial(self._fill, offer, start), self._deadline)
