@@ -200,10 +200,11 @@ class Offers:
             first, listeners = len(offer.digests), list(self._listeners) if offer.standing else []
             if offer.standing:
                 offer.digests = np.concatenate([offer.digests, digests])
+            told = offer.digests[first:]  # a copy: the caller writes the next ones over these
             self._changed.notify_all()
         # Not under the lock, which the thread that runs the model takes, too.
         for news in listeners:
-            news.put(offer, first, digests)
+            news.put(offer, first, told)
 
     def not_digested(self, offer: _Offer, failure: str) -> None:
         """The next blocks of an offer cannot be digested, so nobody can read them."""
