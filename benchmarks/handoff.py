@@ -535,13 +535,14 @@ class Run:
             ended.set()
             running.set()
 
+        reader = threading.Thread(target=read, daemon=True)
         arrivals: list[Times] = []
         faults: list[str] = []
         try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(spec) + "\n")
             process.stdin.close()
-            threading.Thread(target=read, daemon=True).start()
+            reader.start()
             running.wait(self.timeout)
             while not ended.is_set() and arrive is not None:
                 began = time.monotonic()
@@ -558,6 +559,10 @@ class Run:
             if process.poll() is None:
                 process.kill()
                 process.wait(10)
+            if reader.ident is not None:
+                reader.join(10)
+            assert process.stdout is not None
+            process.stdout.close()
         found = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"times": [], "faults": ["no result"]}
         faults += found["faults"] or [f"stream {i} had no token" for i, t in enumerate(found["times"]) if not t]
         entry: dict[str, Any] = {"faults": faults, "intervals_ms": [], "window": [0.0, 0.0], "arrivals": []}
