@@ -122,8 +122,9 @@ def prefix_keys(
         tokens: shape (P,), int32, P from 1 to `MAX_BLOCKS` blocks: the prompt's token ids.
         block_size: tokens a block. It is part of every key.
         root: whatever else separates caches, as `separator` encodes it. It is part of every key.
-        pause: called every 512 blocks (0.4 ms): Python's threads run one at a time, and one that does not pause keeps
-            the one that runs the model waiting for 5 ms.
+        pause: called every 512 blocks (0.26 ms at the 0.5 us a block of benchmarks/results/README.md): Python's threads
+            run one at a time, and one that does not pause keeps the one that runs the model waiting for 5 ms, which is
+            `sys.getswitchinterval()`.
 
     Raises:
         ValueError: `tokens` has another shape or dtype, is empty or too long; `block_size` is out of range.

@@ -122,12 +122,11 @@ class Scratch:
 
     def upload(self, arrays: list[np.ndarray | None]) -> list[int]:
         """Copies arrays to the device in one go, on the current stream; returns their addresses, 0 for None."""
-        starts, total = _starts(arrays)
+        _, total = _starts(arrays)
         if self._arguments.numel() < total:
             self._arguments = self._empty(total)
         self.fill(self._arguments, arrays)
-        base = self._arguments.data_ptr()
-        return [base + start if array is not None else 0 for array, start in zip(arrays, starts, strict=True)]
+        return _addresses(self._arguments, arrays)
 
     def fill(self, memory: torch.Tensor, arrays: list[np.ndarray | None]) -> None:
         """Copies arrays to the places in `memory`, on the device, that `_starts` gives them, on the current stream."""
@@ -188,6 +187,12 @@ def _starts(arrays: list[np.ndarray | None]) -> tuple[list[int], int]:
         starts.append(total)
         total += -(-array.nbytes // 16) * 16 if array is not None else 0
     return starts, total
+
+
+def _addresses(memory: torch.Tensor, arrays: list[np.ndarray | None]) -> list[int]:
+    """Where each of them begins there; 0 for None."""
+    base = memory.data_ptr()
+    return [base + start if array is not None else 0 for array, start in zip(arrays, _starts(arrays)[0], strict=True)]
 
 
 class CudaBlocks:
@@ -348,9 +353,10 @@ class Puller:
         self._route, self._max_sms, self._launcher = route, max_sms, launcher
         self._scratch, self._stream = scratch, stream
         self._bases = scratch.new_memory([src_bases, dst_bases])
+        src, dst = _addresses(self._bases, [src_bases, dst_bases])
         copy = _Copy(
             layers=route.layers.data_ptr(), runs=route.runs.data_ptr(), chunks=route.chunks.data_ptr(),
-            src_bases=self._bases.data_ptr(), dst_bases=self._bases.data_ptr() + _starts([src_bases, dst_bases])[0][1],
+            src_bases=src, dst_bases=dst,
             num_chunks=route.num_chunks,
         )  # fmt: skip
         self._listed = _Listed(copy)
@@ -374,9 +380,7 @@ class Puller:
         """Puts blocks' ids, positions and digests on the device."""
         arrays = [ids, positions, expected]
         memory = self._scratch.new_memory(arrays)
-        base = memory.data_ptr()
-        at = [base + start if array is not None else 0 for array, start in zip(arrays, _starts(arrays)[0], strict=True)]
-        return Chosen(memory, *at)
+        return Chosen(memory, *_addresses(memory, arrays))
 
     def pull(
         self, chosen: Chosen, first: int, dst_ids: np.ndarray, wrong: torch.Tensor | None, digests: torch.Tensor | None

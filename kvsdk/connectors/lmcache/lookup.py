@@ -18,8 +18,7 @@ from typing import Any
 import zmq
 
 from kvsdk.buffer.wire import Field, Wire
-from kvsdk.connectors.lmcache.wake import Waker
-from kvsdk.connectors.pynccl.channel import zmq_context
+from kvsdk.connectors.pynccl.channel import Bell, zmq_context
 from kvsdk.errors import ProtocolError
 
 logger = logging.getLogger("kvsdk.lmcache")
@@ -67,7 +66,7 @@ class LookupClient:
         self._lock = threading.Lock()
         self._heard = threading.Event()
         self._stop = threading.Event()
-        self._waker = Waker()
+        self._bell = Bell()
         self._sockets = []
         for address in addresses:
             one = zmq_context().socket(zmq.DEALER)
@@ -134,19 +133,19 @@ class LookupClient:
 
     def _send(self, kind: str, **fields: Any) -> None:
         self._outbox.append(LOOKUP_WIRE.encode(kind, **fields))
-        self._waker.wake()
+        self._bell.ring()
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._waker.reader, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         for one in self._sockets:
             poller.register(one, zmq.POLLIN)
         renew_at, hello_at = time.monotonic() + self._lease / 3, time.monotonic() + HELLO
         try:
             while not self._stop.is_set():
                 ready = dict(poller.poll(max(1, int(1000 * (min(renew_at, hello_at) - time.monotonic())))))
-                if self._waker.reader.fileno() in ready:
-                    self._waker.clear()
+                if self._bell.fileno() in ready:
+                    self._bell.heed()
                 for rank, one in enumerate(self._sockets):
                     if one in ready:
                         self._take(rank, one.recv())
@@ -167,7 +166,7 @@ class LookupClient:
         finally:
             for one in self._sockets:
                 one.close()
-            self._waker.close()
+            self._bell.close()
 
     def _take(self, rank: int, message: bytes) -> None:
         try:
@@ -192,7 +191,7 @@ class LookupClient:
     def close(self, deadline: float) -> None:
         """Bounded by `deadline`; twice is fine."""
         self._stop.set()
-        self._waker.wake()
+        self._bell.ring()
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -221,7 +220,7 @@ class LookupServer:
         self._outbox: collections.deque[list[bytes]] = collections.deque()
         self._peers: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self._stop = threading.Event()
-        self._waker = Waker()
+        self._bell = Bell()
         self._socket = zmq_context().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -234,18 +233,18 @@ class LookupServer:
 
     def look(self) -> None:
         """The server's state has changed. Any thread may say so."""
-        self._waker.wake()
+        self._bell.ring()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._waker.reader, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         busy = False
         try:
             while not self._stop.is_set():
                 ready = dict(poller.poll(int(1000 * (self.TICK if busy else 0.5))))
-                if self._waker.reader.fileno() in ready:
-                    self._waker.clear()
+                if self._bell.fileno() in ready:
+                    self._bell.heed()
                 while self._socket in ready and self._socket.poll(0):
                     self._take(self._socket.recv_multipart())
                 busy = self._tick_or_log()
@@ -258,7 +257,7 @@ class LookupServer:
             logger.exception("the thread that takes lookups failed; no more chunks are fetched")
         finally:
             self._socket.close()
-            self._waker.close()
+            self._bell.close()
 
     def _tick_or_log(self) -> bool:
         try:
@@ -300,12 +299,12 @@ class LookupServer:
 
         def answer(count: int) -> None:
             self._outbox.append([peer, LOOKUP_WIRE.encode("fetched", ticket=ticket, count=count)])
-            self._waker.wake()
+            self._bell.ring()
 
         self._fetch(ticket, keys, fields["first"], timeout, answer)
 
     def close(self, deadline: float) -> None:
         """Bounded by `deadline`; twice is fine."""
         self._stop.set()
-        self._waker.wake()
+        self._bell.ring()
         self._thread.join(max(0.0, deadline - time.monotonic()))

@@ -39,7 +39,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from kvsdk.connectors.lmcache.chunks import Incoming, Outgoing
 from kvsdk.connectors.lmcache.client import Connection, Server, Stalled
-from kvsdk.connectors.lmcache.wake import Waker
+from kvsdk.connectors.pynccl.channel import Bell
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone
 
 logger = logging.getLogger("kvsdk.lmcache")
@@ -98,7 +98,7 @@ class MPServer(Server):
         on_state: Callable[[bool], None] = lambda up: None,
     ):
         self._model, self._value_bytes, self._slots = model, value_bytes, slots
-        self._waker = Waker()
+        self._bell = Bell()
         self._session: _Session | None = None
         self._forgotten: list[int] = []
         self.refused: ConfigError | None = None
@@ -137,17 +137,17 @@ class MPServer(Server):
 
     def _pause(self, seconds: float) -> None:
         poller, session = zmq.Poller(), self._session
-        poller.register(self._waker.reader, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         if session is not None:
             poller.register(session.monitor, zmq.POLLIN)
         ready = dict(poller.poll(int(1000 * seconds)))
-        self._waker.clear()
+        self._bell.heed()
         if session is not None and session.monitor in ready:
             recv_monitor_message(session.monitor)
             session.end(PeerGone(f"{self.address} closed the connection"))
 
     def _wake(self) -> None:
-        self._waker.wake()
+        self._bell.ring()
 
     def down(self, reason: Exception) -> None:
         session = self._session
@@ -167,7 +167,7 @@ class MPServer(Server):
             if not session.ended:
                 session.unregister()
             session.close()
-        self._waker.close()
+        self._bell.close()
 
     def _abort(self) -> None:
         """Questions under way are answered by their own deadlines, and those of closing are short."""
