@@ -219,6 +219,8 @@ class SchedulerLifecycle:
         find_timeout: seconds that `find` may answer *ask again* before the request is computed here.
         announce_wait: seconds more for a request whose transfer a proxy announced.
         load_timeout: seconds for a load or a save, from its arrival at the worker.
+        loaded_pass: let requests whose load has ended pass those that vLLM finds no room for. For releases in which
+            such a request keeps all behind it waiting, also those that have the blocks it waits for.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class SchedulerLifecycle:
         find_timeout: float,
         load_timeout: float,
         announce_wait: float = 0.0,
+        loaded_pass: bool = False,
     ):
         self._half, self._context = half, context
         self._consumer = half if consumer and isinstance(half, ConsumerScheduler) else None
@@ -239,6 +242,9 @@ class SchedulerLifecycle:
         self._clock = context.clock
         self._requests: dict[str, _Tracked] = {}
         self._loads: dict[str, _Tracked] = {}  # by request id, also after an abort, until the workers reported
+        self._loaded_pass = loaded_pass
+        self._loaded: set[str] = set()  # requests whose load has ended, until vLLM schedules them
+        self._num_steps = 0
         self._saves: dict[int, int] = {}  # save id -> workers that have not reported
         self._orders = Orders()
         self._ids = itertools.count(1)
@@ -281,6 +287,9 @@ class SchedulerLifecycle:
         if tracked is None:
             return 0, False
         tracked.running = False
+        # In every other step only: what has loaded may find no room either, where this request has some by now.
+        if tracked.asked and self._loaded_pass and self._loaded - {request_id} and self._num_steps % 2:
+            return None, False
         answer = self._match(tracked, num_local, resumed)
         if answer is None:
             return None, False
@@ -388,6 +397,7 @@ class SchedulerLifecycle:
         tracked = self._requests.pop(request_id, None)
         if tracked is None:
             return None
+        self._loaded.discard(request_id)
         if tracked.stage is _Stage.LOADING:
             # vLLM keeps these blocks until every worker has reported the load; the workers stop as soon as they hear of
             # it.
@@ -474,6 +484,7 @@ class SchedulerLifecycle:
 
     def step(self, scheduled: Iterable[ScheduledRequest], preempted: Iterable[str]) -> Orders:
         """vLLM's `build_connector_meta`: takes the step's block tables, returns what the workers are told in it."""
+        self._num_steps += 1
         for request_id in preempted:
             tracked = self._requests.get(request_id)
             if tracked is not None:
@@ -483,6 +494,7 @@ class SchedulerLifecycle:
             if tracked is None:
                 continue
             tracked.running = True
+            self._loaded.discard(entry.id)
             if entry.replace:
                 tracked.table = [list(ids) for ids in entry.blocks or ()]
             elif entry.blocks is not None:
@@ -544,6 +556,8 @@ class SchedulerLifecycle:
             if tracked is None or tracked.load is None or tracked.hit is None or self._consumer is None:
                 continue
             tracked.stage = _Stage.SETTLED
+            if not tracked.aborted:
+                self._loaded.add(request_id)
             ok = not tracked.aborted and not tracked.failed_in(invalid_blocks)
             self._ask(self._consumer.load_ended, tracked.view, tracked.hit, ok)
         for tracked in self._loads.values():

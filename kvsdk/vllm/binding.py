@@ -186,6 +186,16 @@ def _refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig,
         )
 
 
+def _one_line_for_all() -> bool:
+    """Whether a request that vLLM finds no room for keeps those behind it from being scheduled that hold blocks.
+
+    vLLM 0.32 schedules requests that hold blocks first; 0.26 does not (vllm#45388).
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return not hasattr(Scheduler, "_holds_kv_blocks")
+
+
 def _geometry(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> CacheGeometry:
     block_bytes = 0
     block_size = vllm_config.cache_config.block_size
@@ -251,6 +261,7 @@ class BoundConnector(KVConnectorBase_V1):
                 find_timeout=options.lookup_timeout + options.lookup_wait + 1.0,
                 announce_wait=options.announce_wait,
                 load_timeout=options.load_timeout,
+                loaded_pass=_one_line_for_all(),
             )
             self._alarm: Alarm | None = set_alarm(lambda lifecycle=self._scheduler: lifecycle.has_holds)
             self._scheduler.asked_again = self._alarm is not None

@@ -6,10 +6,14 @@ The stand-in model checks every byte of KV that it reads, so "the answer is righ
 import numpy as np
 import pytest
 from scripted import ASK_AGAIN, STORE, StoreWorker
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from kvsdk.connector import Hit
 
 pytestmark = pytest.mark.compat
+
+HOLDERS_FIRST = hasattr(Scheduler, "_holds_kv_blocks")
+"""Whether this vLLM itself schedules requests that hold blocks before all others, room or not."""
 
 BS = 16
 RUNNERS = pytest.mark.parametrize("runner", [1, 2], ids=["runner-1", "runner-2"])
@@ -133,6 +137,61 @@ def test_asking_again_holds_up_nobody_and_ends(engine, script):
     one.run()
     assert one.outputs["a"] == one.expected(prompt(40), 2)
     assert ["a"] in script.named("forget")
+
+
+@pytest.mark.parametrize("ends", ["done", "fail"])
+@pytest.mark.parametrize("num_ahead", [1, 3])
+def test_what_has_loaded_passes_those_that_find_no_room_before_it(engine, script, num_ahead, ends):
+    """vllm#45388: in 0.26 requests wait in one line, and those behind have the blocks that the first one waits for."""
+    one = engine(num_blocks=16)
+    ahead = [f"ahead {i}" for i in range(num_ahead)]
+    for i, name in enumerate(ahead):
+        script.answers[name] = ASK_AGAIN
+        one.add(name, prompt(130, 2 + i), max_tokens=2)
+    script.answers["loads"] = Hit(160, None)
+    one.add("loads", prompt(161), max_tokens=3)
+    one.run(until=lambda: script.tasks)
+    for name in ahead:
+        script.answers[name] = None
+    one.step()
+    assert not one.scheduler.running, "there was room"
+    fill(one, script.tasks[0], prompt(161))
+    if ends == "done":
+        script.tasks[0].done()
+    else:
+        script.tasks[0].fail(RuntimeError("on purpose"))
+    one.run(until=lambda: "loads" in one.finish_reasons)
+    one.run()
+    for i, name in enumerate(ahead):
+        assert one.outputs[name] == one.expected(prompt(130, 2 + i), 2)
+    assert one.outputs["loads"] == one.expected(prompt(161), 3)
+    one.check_at_rest()
+
+
+def test_what_has_loaded_and_finds_no_room_keeps_nobody_waiting(engine, script):
+    one = engine(num_blocks=20)
+    pool = one.scheduler.kv_cache_manager.block_pool
+    script.answers["waits"] = ASK_AGAIN
+    one.add("waits", prompt(100, 2), max_tokens=2)
+    script.answers["loads"] = Hit(64, None)
+    one.add("loads", prompt(200), max_tokens=3)
+    one.run(until=lambda: script.tasks)
+    taken = pool.get_new_blocks(10)
+    script.answers["waits"] = None
+    fill(one, script.tasks[0], prompt(200))
+    script.tasks[0].done()
+    for _ in range(6):
+        one.step()
+    assert not one.scheduler.running, "there was room"
+    pool.free_blocks(taken[:3])  # for `waits`; not for all of `loads`
+    for _ in range(8):
+        one.step()
+    assert "waits" in one.finish_reasons or HOLDERS_FIRST
+    pool.free_blocks(taken[3:])
+    one.run()
+    assert one.outputs["waits"] == one.expected(prompt(100, 2), 2)
+    assert one.outputs["loads"] == one.expected(prompt(200), 3)
+    one.check_at_rest()
 
 
 def test_what_the_local_prefix_cache_has_is_not_loaded(engine, script):
