@@ -46,10 +46,14 @@ class Pair:
         self.ids = self.rng.permutation(POOL)[:count].astype(np.int32)
         self.producer.kept(hold, (self.ids,))
 
+    def knows(self, hold):
+        """Whether the consumer knows all of the last offer that was kept."""
+        return self.fetcher._known.get(hold, len(self.ids) - 1) is not None
+
     def told(self, hold):
-        """Wait until the consumer knows all of an offer."""
+        """Wait until it does."""
         deadline = time.monotonic() + 10
-        while self.fetcher._known.whole(hold) is None:
+        while not self.knows(hold):
             assert time.monotonic() < deadline, "the producer has not told of its offer"
             time.sleep(1e-3)
 
@@ -109,7 +113,7 @@ def test_an_offer_that_was_told_of_is_read_without_a_word_before(pair, sent, fir
     deadline = time.monotonic() + 5
     while sent != ["took"]:
         assert sent in ([], ["took"]) and time.monotonic() < deadline, sent
-    while pair.fetcher._known.whole("x") is not None:
+    while pair.knows("x"):
         assert time.monotonic() < deadline, "what was loaded is still remembered"
     moved = BLOCKS + BLOCKS - first
     while pair.producer._counters._values.get("sent_bytes") != moved * pair.source.layout().block_bytes:
@@ -193,7 +197,6 @@ def test_a_load_that_is_given_up_when_all_has_come_harms_no_other(pair, monkeypa
         patch.setattr(LoadTask, "done", too_late)
         if not told:
             patch.setattr(pair.fetcher._known, "get", lambda *args: None)
-            patch.setattr(pair.fetcher._known, "whole", lambda *args: None)
         assert pair.load("x").state is TaskState.EXPIRED
     for hold in ("y", "z"):
         pair.keep(hold)
@@ -225,7 +228,7 @@ def test_what_was_told_in_answer_to_a_read_is_not_told_again(pair, sent, monkeyp
     assert pair.load("x").state is TaskState.DONE, "the load did not wait for the digests"
     assert "read" in sent
     time.sleep(0.2)
-    assert pair.fetcher._known.whole("x") is None
+    assert pair.fetcher._known.get("x", 0) is None
 
 
 def test_nobody_rings_while_holding_the_lock_that_the_models_thread_takes():
@@ -257,7 +260,7 @@ def test_a_producer_that_ends_takes_what_it_told_along(pair, caplog):
     with caplog.at_level(logging.INFO):
         pair.producer.close()
         deadline = time.monotonic() + 10
-        while pair.fetcher._known.whole("x") is not None:
+        while pair.knows("x"):
             assert time.monotonic() < deadline
             time.sleep(1e-3)
     assert any("the pair with" in record.getMessage() for record in caplog.records)
@@ -293,4 +296,3 @@ def test_more_of_an_offer_whose_beginning_is_not_known_is_nothing(pair):
     pair.fetcher._note("digested", TOLD | {"ids": bytes(8), "digests": bytes(16)})
     pair.fetcher._note("digested", TOLD | {"first": 1, "ids": bytes(8), "digests": bytes(16)})
     assert pair.fetcher._known.get("x", 0).count == 2 and pair.fetcher._known.get("x", 2) is None
-    assert pair.fetcher._known.whole("x") is None

@@ -136,11 +136,6 @@ class _Known:
             told.chosen = self._choose(told.ids, told.digests)
         return told.chosen
 
-    def whole(self, transfer_id: str) -> PeerBlocks | None:
-        """All blocks of an offer, if all are known."""
-        told = self._offers.get(transfer_id)
-        return told.chosen if told is not None and told.whole else None
-
     def drop(self, transfer_id: str) -> None:
         told = self._offers.pop(transfer_id, None)
         self._blocks -= len(told.ids) if told is not None else 0
@@ -289,16 +284,11 @@ class Fetcher:
     def _go_on(self, read: _Read) -> bool:
         """Get what there is of a load now. False when it has ended."""
         task = read.task
+        if read.began is None:
+            read.began = time.monotonic()
         try:
-            if read.began is None:
-                read.began = time.monotonic()
-                loaded = self._at_once(read)
-            else:
-                loaded = False
-            if not (loaded or task.ended):
-                self._connect_if_needed(task.deadline)
-                if self._fetch(read):
-                    return True
+            if not task.ended and self._fetch(read):
+                return True
         except TaskEnded:
             logger.info("the load of request %s was given up", task.request_id)
         except KVError as error:
@@ -311,21 +301,6 @@ class Fetcher:
         self._known.drop(task.source.transfer_id)
         self._counters.add("load_seconds", time.monotonic() - read.began)
         return False
-
-    def _at_once(self, read: _Read) -> bool:
-        """Load all blocks of a load of which the producer has told, by one kernel and without a word to it. False if
-        they are not known, or are not what they should be. Between the model's thread and that kernel every microsecond
-        shows in small loads."""
-        task, count = read.task, read.total
-        known = self._known.whole(task.source.transfer_id)
-        if known is None or task.first_block + count > known.count:
-            return False
-        if not self._read_known(read, known, task.first_block, count):
-            return False
-        self._finish(read)
-        self._read_id += 1
-        self._took(count)
-        return True
 
     def _connect_if_needed(self, deadline: float) -> None:
         if self._channel is not None:
@@ -376,11 +351,15 @@ class Fetcher:
 
     def _fetch(self, read: _Read) -> bool:
         """Get a part of a load. False when it has ended, because all of it has come or because the rest will not."""
-        assert self._channel is not None
         task, source = read.task, read.task.source
-        self._read_id += 1
         first, count = task.first_block + read.received, read.total - read.received
+        # What is known is read without a word or a look at the channel: in small loads every microsecond shows.
         known = self._known.get(source.transfer_id, first)
+        if known is None:
+            self._connect_if_needed(task.deadline)
+            known = self._known.get(source.transfer_id, first)
+        assert self._channel is not None
+        self._read_id += 1
         if known is not None:
             right = self._read_known(read, known, first, min(count, known.count - first))
             going = read.received < read.total or self._finish(read)
