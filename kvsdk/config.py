@@ -148,8 +148,8 @@ class Options:
     pipe: str = _option(
         "auto",
         "choice",
-        "What carries the bytes. `auto` is NCCL between GPUs; between CPUs it is `shm`, shared memory, on one host and "
-        "else gloo. `peer` reads the other GPU's memory in place.",
+        "What carries the bytes. `auto` is NCCL between GPUs; between CPUs on one host it is `peer` where the system "
+        "allows it, else `shm`, shared memory; and else gloo. `peer` reads the other worker's memory in place.",
         choices=PIPES,
     )
     verify: bool = _option(True, "bool", "Whether a block counts as loaded only when its digest matches.")

@@ -19,7 +19,7 @@ from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
 from kvsdk.connectors.pynccl import PyNcclWorker, serving
 from kvsdk.connectors.pynccl.protocol import Source
 from kvsdk.kernels import BlockStore
-from kvsdk.pipe import shm_pipe
+from kvsdk.pipe import shm_pipe, window
 
 POOL, BLOCKS = 120, 100
 
@@ -31,20 +31,21 @@ class Transfer:
         sizes = (1,) if kind in ("one buffer", "BLHNC", "BHLNC") else (1, 3)
         caches = [make_cache(kind, torch.uint8, blocks=POOL, content=content, seed=s, sizes=sizes) for s in (1, 2)]
         self.target, self.rng = caches[1], np.random.default_rng(seed)
-        source = caches[0].store()
+        self.source = source = caches[0].store()
         self.store = self.target.store()
         self.positions = np.arange(BLOCKS) + self.rng.integers(1000)
         self.into = self.rng.permutation(POOL)[:BLOCKS].astype(np.int32)
-        ids, digests = self.rng.permutation(POOL)[:BLOCKS].astype(np.int32), source.new_digests(BLOCKS)
-        source.digest_in_place(ids, self.positions, digests)
+        self.ids, digests = self.rng.permutation(POOL)[:BLOCKS].astype(np.int32), source.new_digests(BLOCKS)
+        source.digest_in_place(self.ids, self.positions, digests)
         self.expected = digests.numpy().view(np.uint64).copy()
         self.staging = source.staging(BLOCKS)
-        source.gather(ids, self.staging)
+        source.gather(self.ids, self.staging)
         sizes = [BLOCKS * layer.block_bytes for layer in source.layout.layers]
         self.layers = [part.numpy().reshape(BLOCKS, -1) for part in self.staging.split(sizes)]
 
     def found(self, spoilt):
-        """Demands that the blocks `spoilt`, indices, are told to be wrong and stay out, and all others are written."""
+        """Demands that the blocks `spoilt`, indices, are told to be wrong and stay out, and all others are written; and
+        that they are told where they lie so in the source's cache and are read there."""
         before = [self.target.blocks(i) for i in range(len(self.layers))]
         wrong = self.store.new_wrong(BLOCKS)
         self.store.scatter_verified(self.into, self.positions, self.staging, self.expected, wrong)
@@ -53,6 +54,13 @@ class Transfer:
         for i, (blocks, layer) in enumerate(zip(before, self.layers, strict=True)):
             blocks[self.into[right]] = layer[right]
             np.testing.assert_array_equal(self.target.blocks(i), blocks)
+        self.source.scatter(self.ids, self.staging)
+        peer = self.store.peer(self.source.layout, self.source.addresses, self.source)
+        wrong.fill_(2)
+        self.store.pull(self.store.choose(peer, self.ids, self.positions, self.expected), self.into, wrong=wrong)
+        assert np.flatnonzero(wrong.numpy()).tolist() == sorted(spoilt)
+        for i, layer in enumerate(self.layers):
+            np.testing.assert_array_equal(self.target.blocks(i)[self.into], layer)
 
     def any_layer(self):
         return self.layers[self.rng.integers(len(self.layers))]
@@ -296,13 +304,15 @@ def test_where_memory_cannot_be_shared_gloo_serves_and_the_log_says_why(monkeypa
     pair, hosts = Pair("auto"), itertools.count()
     try:
         producer, consumer = pair.halves
-        assert consumer.handshake()["pipes"] == ["shm", "gloo"]
-        monkeypatch.setattr(shm_pipe, "this_host", lambda: f"boot {next(hosts)}")
+        assert consumer.handshake()["pipes"] == ["peer", "shm", "gloo"]
+        for module in (window, shm_pipe):
+            monkeypatch.setattr(module, "this_host", lambda: f"boot {next(hosts)}")
         producer.kept("x", (np.arange(LOADED, dtype=np.int32),))
         with caplog.at_level(logging.INFO):
             assert pair.load("x", np.arange(LOADED, dtype=np.int32)).state is TaskState.DONE
         said = [record.getMessage() for record in caplog.records]
-        assert any("is read over gloo, not over shm: it is on another host" in line for line in said)
+        for taken, left in (("shm", "peer"), ("gloo", "shm")):
+            assert any(f"is read over {taken}, not over {left}: it is on another host" in line for line in said)
         assert [record for record in caplog.records if record.levelno > logging.INFO] == []
         deadline = time.monotonic() + 5
         while producer._server.num_pairs > 1:

@@ -166,7 +166,7 @@ def test_in_lockstep_a_send_that_ended_early_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("kind", "device", "chosen"),
     [
-        ("auto", "cpu", ("shm", "gloo")),
+        ("auto", "cpu", ("peer", "shm", "gloo")),
         ("shm", "cpu", ("shm",)),
         ("gloo", "cpu", ("gloo",)),
         ("peer", "cpu", ("peer",)),

@@ -33,7 +33,7 @@ def test_blocks_are_read_in_place(kind):
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": 99},
         {"num_blocks": 0},
         {"num_blocks": True},
         {"num_blocks": 1 << 40},
@@ -47,6 +47,15 @@ def test_blocks_are_read_in_place(kind):
         {"strides": [[0, 1, 0, 0]] * 4},
         {"strides": [[4096, 0, 0, 0]] * 4},
         {"strides": [[4096, 7, 0, 1]] * 4},
+        {"layers": [[0, 1 << 64]] * 4},
+        {"process": 0},
+        {"process": -1},
+        {"process": "another"},
+        {"proof": None},
+        {"proof": [0]},
+        {"proof": [-1, bytes(16)]},
+        {"proof": [0, bytes(15)]},
+        {"proof": [0, "x" * 16]},
     ],
     ids=str,
 )
@@ -62,11 +71,30 @@ def test_what_is_no_window_is_refused(window):
         open_window(window, make_cache("HND").layout(), CPU)
 
 
-@pytest.mark.parametrize("change", [{"process": "another"}, {"kind": "cuda-ipc"}, {"kind": None}], ids=str)
-def test_a_window_that_cannot_be_opened_here_says_why(change):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"kind": "cuda-ipc"}, "lays its memory open by 'cuda-ipc'"),
+        ({"kind": None}, "lays its memory open by None"),
+        ({"host": "another"}, "on another host"),
+        ({"process": 1 << 30}, f"cannot be read: process {1 << 30} is gone"),
+        ({"proof": [8, bytes(16)]}, "cannot be read: process .* has no memory there"),
+    ],
+    ids=str,
+)
+def test_a_window_that_cannot_be_opened_here_says_why(change, why):
     cache = make_cache("HND")
-    with pytest.raises(WindowUnavailable, match=r"process|lays its memory open"):
+    with pytest.raises(WindowUnavailable, match=why):
         open_window(opened(cache) | change, cache.layout(), CPU)
+
+
+def test_another_process_of_the_producers_number_is_noticed():
+    """As in another PID namespace: what was to be there is not."""
+    cache = make_cache("HND")
+    window = opened(cache)
+    window["proof"] = [window["proof"][0], bytes(16)]
+    with pytest.raises(WindowUnavailable, match="another PID namespace"):
+        open_window(window, cache.layout(), CPU)
 
 
 def test_a_window_is_plain_values():

@@ -1,6 +1,6 @@
 """Reads of a producer's memory in place: what the producer tells ahead, and what becomes of it.
 
-Two worker halves in one process, which is where a CPU's memory can be read in place.
+Two worker halves in one process, which reads its own memory as it would another's.
 """
 
 import logging
@@ -16,7 +16,7 @@ from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
 from kvsdk.connectors.pynccl import PyNcclWorker, fetching, serving
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.protocol import Source
-from kvsdk.errors import ProtocolError
+from kvsdk.errors import KVError, ProtocolError
 
 POOL, BLOCKS = 64, 12
 
@@ -229,6 +229,51 @@ def test_what_was_told_in_answer_to_a_read_is_not_told_again(pair, sent, monkeyp
     assert "read" in sent
     time.sleep(0.2)
     assert pair.fetcher._known.get("x", 0) is None
+
+
+@pytest.fixture
+def halved(monkeypatch):
+    """However little it is, two threads read it."""
+    monkeypatch.setattr(fetching, "HALVED_BYTES", 0)
+    monkeypatch.setattr(fetching, "READERS", 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 11])
+def test_two_threads_read_half_of_it_each(pair, halved, count):
+    pair.keep("x", count)
+    pair.told("x")
+    assert pair.load("x").state is TaskState.DONE
+    pair.same()
+    pair.keep("y", count)
+    pair.told("y")
+    spoilt = sorted({0, count - 1})
+    for index in spoilt:
+        pair.write_over(index)
+    task = pair.load("y")
+    assert task.state is TaskState.FAILED and sorted(task.failed_blocks) == sorted(pair.into[spoilt])
+    pair.same(but=spoilt)
+
+
+def test_a_load_ends_when_both_threads_have(pair, halved, monkeypatch):
+    """Also where one of them fails at once: the other still writes into its blocks."""
+    pulled, pull = [], pair.fetcher._pull_part
+
+    def part(chosen, block_ids, first, part):
+        if part.start is None:
+            raise KVError("on purpose")
+        time.sleep(0.1)
+        pull(chosen, block_ids, first, part)
+        pulled.append(part)
+
+    pair.keep("x")
+    pair.told("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(pair.fetcher, "_pull_part", part)
+        assert pair.load("x").state is TaskState.FAILED
+        assert pulled == [slice(BLOCKS // 2, BLOCKS)]
+    pair.keep("y")
+    assert pair.load("y").state is TaskState.DONE
+    pair.same()
 
 
 def test_nobody_rings_while_holding_the_lock_that_the_models_thread_takes():

@@ -2,7 +2,7 @@
 
 A chunk of n blocks travels as one contiguous uint8 tensor, the staging buffer, layer-major: for each layer in the
 layout's order, the n blocks' payloads one after the other (`kvsdk.layout.staging_layout`). So a message is one tensor,
-however many layers and blocks it holds. A peer's cache that is mapped into this process is read in place.
+however many layers and blocks it holds. A peer's cache is read in place.
 """
 
 from __future__ import annotations
@@ -277,14 +277,15 @@ class BlockStore:
         if len(block_ids):
             self._blocks.digest(block_ids, check)
 
-    def peer(self, layout: CacheLayout, addresses: np.ndarray, owner: Any = None) -> PeerCache:
+    def peer(self, layout: CacheLayout, addresses: np.ndarray, owner: Any = None, pid: int | None = None) -> PeerCache:
         """Prepares reading from another worker's cache; done once, at the handshake.
 
         Args:
             layout: of the peer's cache; the same content as this one, in whatever order and spacing.
-            addresses: uint64 `(layers,)`: where block 0 of each of its layers is mapped into this process: by CUDA IPC
-                for a GPU, by shared memory for a CPU.
+            addresses: uint64 `(layers,)`: where block 0 of each of its layers lies: for a GPU in this process, into
+                which CUDA IPC maps it, for a CPU in the process `pid`.
             owner: whatever keeps the memory mapped.
+            pid: for a CPU: whose memory it is; this process's unless given.
 
         Raises:
             MismatchError: naming what differs between the contents.
@@ -297,6 +298,8 @@ class BlockStore:
             raise ValueError(f"addresses must be one for each of {len(layout.layers)} layers, not {addresses.shape}")
         if self.device.type == "cuda" and not self.accelerated:
             raise ConfigError("a peer's GPU memory is read by the kernels alone, which this worker lacks: see its log")
+        if isinstance(self._blocks, TorchBlocks):
+            return PeerCache(layout, owner, self._blocks.puller(plan, addresses, pid))
         return PeerCache(layout, owner, self._blocks.puller(plan, addresses))
 
     def choose(

@@ -1,15 +1,19 @@
 """Windows: a worker's KV cache, laid open for another worker to read in place.
 
 A GPU's memory is opened by CUDA IPC: the consumer maps the producer's allocations once for a pair, whether it sees that
-GPU by itself or not. Memory that lies in one process needs no mapping, which is how tests on CPUs read in place.
+GPU by itself or not. Not every allocation can be laid open: CUDA IPC needs memory of `cudaMalloc`, which PyTorch's
+expandable segments and vLLM's sleep mode do not use.
 
-Not every allocation can be laid open: CUDA IPC needs memory of `cudaMalloc`, which PyTorch's expandable segments and
-vLLM's sleep mode do not use, and both processes on one host.
+A CPU's memory is read out of the other process (`kvsdk.kernels.process_memory`), which the system has to allow. A
+number in the producer's memory shows that it does, and that the consumer reads the right process.
+
+Both need both processes on one host.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -22,11 +26,15 @@ import torch
 
 from kvsdk.errors import KVError, ProtocolError, WindowUnavailable
 from kvsdk.kernels import bindings
+from kvsdk.kernels.process_memory import read_process
 from kvsdk.layout import CacheLayout, LayerLayout
 
-WINDOW_VERSION = 1
-_IPC, _LOCAL = "cuda-ipc", "same-process"
+WINDOW_VERSION = 2
+_IPC, _PROCESS_MEMORY = "cuda-ipc", "process-memory"
 _HANDLE_BYTES = 64
+_PROOF_BYTES = 16
+_PROOF = torch.frombuffer(bytearray(os.urandom(_PROOF_BYTES)), dtype=torch.uint8)
+"""What nobody can read who cannot read this process's memory."""
 _PROCESS = uuid.uuid4().hex
 """Of this process, and of none that was forked off it later: nothing here forks after CUDA has started."""
 
@@ -49,7 +57,9 @@ def lay_open(layout: CacheLayout, addresses: np.ndarray, device: torch.device) -
         "strides": [[layer.block_stride, len(layer.segments), *_first_and_step(layer)] for layer in layout.layers],
     }
     if device.type != "cuda":
-        return window | {"kind": _LOCAL, "process": _PROCESS, "layers": [[0, int(a)] for a in addresses]}
+        proof = [_PROOF.data_ptr(), _PROOF.numpy().tobytes()]
+        layers = [[0, int(a)] for a in addresses]
+        return window | {"kind": _PROCESS_MEMORY, "process": os.getpid(), "proof": proof, "layers": layers}
     handles: dict[int, bytes] = {}
     layers = []
     try:
@@ -75,24 +85,27 @@ def lay_open(layout: CacheLayout, addresses: np.ndarray, device: torch.device) -
 
 @dataclass(frozen=True, eq=False)
 class OpenWindow:
-    """Another worker's KV cache, mapped into this process until `close`.
+    """Another worker's KV cache, open until `close`.
 
     Attributes:
         layout: of the cache.
-        addresses: uint64 `(layers,)`: where block 0 of each layer is mapped.
+        addresses: uint64 `(layers,)`: where block 0 of each layer lies: of a GPU's cache in this process, into which it
+            is mapped.
+        pid: of a CPU's cache: the process that has it.
     """
 
     layout: CacheLayout
     addresses: np.ndarray
+    pid: int | None
     _close: Callable[[], None]
 
     def close(self) -> None:
-        """Unmap it. Nothing may read it any more. Twice is fine."""
+        """Nothing may read it any more; a GPU's is unmapped. Twice is fine."""
         self._close()
 
 
 def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWindow:
-    """Maps what another worker laid open.
+    """Opens what another worker laid open.
 
     Args:
         window: from `lay_open`, over the network: anything may be in it.
@@ -101,22 +114,24 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
 
     Raises:
         ProtocolError: the message is malformed, or names memory outside the mapping.
-        WindowUnavailable: the memory cannot be mapped here; the message says why.
+        WindowUnavailable: the memory cannot be read here; the message says why.
     """
     layout = _layout_of(window, ours)
     places = window.get("layers")
-    wanted = _IPC if device.type == "cuda" else _LOCAL
+    wanted = _IPC if device.type == "cuda" else _PROCESS_MEMORY
     if window.get("kind") != wanted:
         raise WindowUnavailable(f"it lays its memory open by {window.get('kind')!r}, and this worker takes {wanted!r}")
     _check(isinstance(places, list) and len(places) == len(ours.layers), "layers")
     for place in places:
-        _check(isinstance(place, list) and len(place) == 2 and all(type(x) is int and x >= 0 for x in place), "layers")
-    if wanted == _LOCAL:
-        if window.get("process") != _PROCESS:
-            raise WindowUnavailable("a CPU's memory can be read in place only within the process that it belongs to")
-        return OpenWindow(layout, np.array([at for _, at in places], dtype=np.uint64), lambda: None)
+        _check(
+            isinstance(place, list) and len(place) == 2 and all(type(x) is int and 0 <= x < 1 << 64 for x in place),
+            "layers",
+        )
     if window.get("host") != this_host():
         raise WindowUnavailable("it is on another host")
+    if wanted == _PROCESS_MEMORY:
+        pid = _process_of(window)
+        return OpenWindow(layout, np.array([at for _, at in places], dtype=np.uint64), pid, lambda: None)
     if window.get("process") == _PROCESS:
         raise WindowUnavailable("CUDA IPC does not open memory in the process that it belongs to")
     handles = window.get("handles")
@@ -141,7 +156,29 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
     except BaseException:
         close()
         raise
-    return OpenWindow(layout, addresses, close)
+    return OpenWindow(layout, addresses, None, close)
+
+
+def _process_of(window: dict[str, Any]) -> int:
+    """The process that a window of a CPU is of, if this one may read it."""
+    pid, proof = window.get("process"), window.get("proof")
+    _check(type(pid) is int and 0 < pid < 1 << 31, "process")
+    _check(
+        isinstance(proof, list)
+        and len(proof) == 2
+        and _is_address(proof[0])
+        and isinstance(proof[1], bytes)
+        and len(proof[1]) == _PROOF_BYTES,
+        "proof",
+    )
+    read = torch.zeros(_PROOF_BYTES, dtype=torch.uint8)
+    try:
+        read_process(pid, np.array([proof[0]], np.uint64), _PROOF_BYTES, read)
+    except KVError as error:
+        raise WindowUnavailable(f"its memory cannot be read: {error}") from error
+    if read.numpy().tobytes() != proof[1]:
+        raise WindowUnavailable(f"process {pid} is another one here: it runs in another PID namespace")
+    return pid
 
 
 class _Mapping:
@@ -232,6 +269,10 @@ def _layout_of(window: Any, ours: CacheLayout) -> CacheLayout:
 def _check(good: bool, what: str) -> None:
     if not good:
         raise ProtocolError(f"a window's {what} cannot be")
+
+
+def _is_address(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
 
 
 @functools.cache

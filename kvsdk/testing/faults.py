@@ -685,7 +685,12 @@ class _FaultyLookups:
 
 
 class _FaultyPairs:
-    """The pipes of a `PyNcclWorker`."""
+    """The pipes of a `PyNcclWorker`, which reads nothing in place unless the option `pipe` says so: there would be
+    nothing between the two that could have faults."""
+
+    def pipe_kinds(self) -> tuple[str, ...]:
+        kinds = super().pipe_kinds()
+        return tuple(kind for kind in kinds if kind != "peer") or kinds
 
     def make_host(self, kind: str) -> FaultyPipeHost:
         return FaultyPipeHost(super().make_host(kind), self.fault_plan)

@@ -420,7 +420,7 @@ def test_fetchers_of_producers_that_are_gone_are_forgotten(pair, engine, monkeyp
 
 
 def test_a_consumer_that_gives_up_in_the_middle_is_no_error_of_the_producers(pair, monkeypatch, caplog):
-    p, d = pair(extra={"staging_bytes": 1024})
+    p, d = pair(extra={"pipe": "shm", "staging_bytes": 1024})
     prefill(p, "a", prompt(200))
     write = Fetcher._write
 
@@ -612,7 +612,7 @@ def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
     monkeypatch.setattr(Pipe, "send_row", count_data)
     counts = []
     for layers, tokens in ((1, 20), (7, 600)):
-        p, d = pair(layers=layers)
+        p, d = pair(layers=layers, extra={"pipe": "shm"})
         prefill(p, "a", prompt(tokens))
         run_all(p, until=lambda p=p: len(worker_half(p)._offers))
         assert decode(d, "b", prompt(tokens), others=[p]) == tokens - 1

@@ -10,6 +10,7 @@ from kvsdk.connectors.pynccl.fetching import Fetcher
 from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
 from kvsdk.errors import ConfigError
+from kvsdk.kernels import torch_blocks
 
 pytestmark = pytest.mark.compat
 
@@ -95,7 +96,7 @@ def test_a_prompt_comes_over_whole(pair, n, by):
     at_rest(p, d)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
 def test_prompts_come_over_whichever_pipe_carries_them(pair, kind):
     """Many messages and several rows of them."""
     p, d = pair(layers=2, extra={"pipe": kind, "staging_bytes": 1})
@@ -107,7 +108,8 @@ def test_prompts_come_over_whichever_pipe_carries_them(pair, kind):
 
 
 def worker_kinds(engine):
-    return {fetcher._pipe.kind for fetcher in engine.workers[0].connector._half._fetchers.values()}
+    fetchers = engine.workers[0].connector._half._fetchers.values()
+    return {"peer" if fetcher._window is not None else fetcher._pipe.kind for fetcher in fetchers}
 
 
 def test_a_one_token_prompt_is_computed_where_it_is_asked(pair):
@@ -287,25 +289,36 @@ class Flipped:
         return getattr(self._pipe, name)
 
 
-@pytest.fixture
-def flipped(monkeypatch):
-    times = [1]
-    join = PyNcclWorker.join
+@pytest.fixture(params=["peer", "shm"])
+def flipped(request, monkeypatch):
+    """Flips a bit of what is read first; also of what is read next, where the producer had told of the blocks ahead: a
+    difference has it asked then, and they are read again."""
+    times = [1, 1] if request.param == "peer" else [1]
+    join, read = PyNcclWorker.join, torch_blocks.read_process
+
+    def read_process(pid, places, nbytes, into):
+        read(pid, places, nbytes, into)
+        if times:
+            times.pop()
+            into[into.numel() // 3] ^= 4
+
+    monkeypatch.setattr(torch_blocks, "read_process", read_process)
     monkeypatch.setattr(PyNcclWorker, "join", lambda *args: Flipped(join(*args), times))
-    return times
+    return request.param, times
 
 
 def test_a_flipped_bit_is_a_failed_block_and_never_a_token(pair, flipped):
-    p, d = pair()
+    kind, times = flipped
+    p, d = pair(extra={"pipe": kind})
     prefill(p, "a", prompt(100))
     decode(d, "b", prompt(100), others=[p])
-    assert not flipped, "nothing was flipped"
+    assert not times[1:] if kind == "peer" else not times, "nothing was flipped"
     assert d.stats["corrupt_blocks"] == 1 and d.stats["loads_failed"] == 1
     at_rest(p, d)
 
 
 def test_a_flipped_bit_under_the_policy_fail_is_an_error(pair, flipped):
-    p, d = pair(policy="fail")
+    p, d = pair(policy="fail", extra={"pipe": flipped[0]})
     prefill(p, "a", prompt(100))
     d.add("b", prompt(100), max_tokens=5)
     run_all(p, d, until=lambda: "b" in d.finish_reasons)
@@ -316,7 +329,7 @@ def test_a_flipped_bit_under_the_policy_fail_is_an_error(pair, flipped):
 def test_with_checks_off_a_flipped_bit_reaches_the_model(pair, flipped):
     from kvsdk.vllm.harness import WrongBytes
 
-    p, d = pair(extra={"verify": False})
+    p, d = pair(extra={"verify": False, "pipe": flipped[0]})
     prefill(p, "a", prompt(100))
     with pytest.raises(WrongBytes):
         decode(d, "b", prompt(100), others=[p])
@@ -324,7 +337,7 @@ def test_with_checks_off_a_flipped_bit_reaches_the_model(pair, flipped):
 
 def test_blocks_written_again_while_they_are_read_do_not_count(pair, monkeypatch):
     """The lease ends between gathering and sending: whatever was gathered is thrown away."""
-    p, d = pair()
+    p, d = pair(extra={"pipe": "shm"})
     prefill(p, "a", prompt(100))
     p.step()  # the worker hears of the offer
     store = type(p.workers[0].connector._half._store)

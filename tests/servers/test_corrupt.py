@@ -30,7 +30,7 @@ def servers(new_fleet, tiny_llama):
     path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
     policies = {
         "unchecked": {"kv_connector_extra_config": {"verify": False}},
-        "recompute": {"kv_load_failure_policy": "recompute"},
+        "recompute": {"kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"pipe": "shm"}},
         "fail": {"kv_load_failure_policy": "fail"},
     }
     with new_fleet(tiny_llama) as fleet:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kvsdk.connectors.pynccl import PyNcclConnector, PyNcclWorker
+from kvsdk.kernels import torch_blocks
 
 
 class _FlippingPipe:
@@ -33,6 +34,16 @@ class _FlippingPipe:
 
 
 class FlippingWorker(PyNcclWorker):
+    def register(self, kv_caches, layout):
+        read = torch_blocks.read_process
+
+        def read_process(pid, places, nbytes, into):
+            read(pid, places, nbytes, into)
+            into[into.numel() // 3 | 3] ^= 0x7E
+
+        torch_blocks.read_process = read_process
+        super().register(kv_caches, layout)
+
     def join(self, invite, bind_ip, deadline):
         return _FlippingPipe(super().join(invite, bind_ip, deadline))
 
@@ -40,7 +51,7 @@ class FlippingWorker(PyNcclWorker):
         done = task.done
 
         def flip_and_end():
-            # Nothing arrives by a pipe where the producer's memory is read in place.
+            # A kernel reads the producer's memory in place and writes what it has read.
             for block_id in task.blocks[0]:
                 staging = self._store.staging(1)
                 self._store.gather(np.array([block_id], np.int32), staging)
@@ -49,13 +60,14 @@ class FlippingWorker(PyNcclWorker):
             torch.cuda.current_stream().synchronize()
             done()
 
-        if "peer" in self._kinds:
+        if "peer" in self._kinds and self._device.type == "cuda":
             task.done = flip_and_end
         super().load(task)
 
 
 class FlippingConnector(PyNcclConnector):
-    """Every message that arrives has one byte changed, in one block of one layer; and every block read in place."""
+    """Every message that arrives has one byte changed, in one block of one layer, and so has every piece of a CPU's
+    memory that is read in place; on a GPU every block."""
 
     worker_half = FlippingWorker
 

@@ -1,15 +1,44 @@
-"""PyNcclConnector passes the suite where it reads the producer's memory in place; both engines are in one process."""
+"""PyNcclConnector passes the suite where it reads the producer's memory in place, each engine a process of its own."""
 
-from test_suite_pynccl import capabilities, ready
+import pathlib
+
+from test_suite_pynccl import capabilities, damage, processes, ready
 from test_suite_pynccl import options as _options
 
+from kvsdk.connectors.pynccl import PyNcclConnector
+from kvsdk.connectors.pynccl.worker import PyNcclWorker
+from kvsdk.kernels import torch_blocks
 from kvsdk.testing.suite import *  # noqa: F403
 
-connector = "PyNcclConnector"
+
+class Worker(PyNcclWorker):
+    """Damages the last block that it reads, once for each time that a test asks for it."""
+
+    def __init__(self, context):
+        super().__init__(context)
+        asked, read = pathlib.Path(context.options.extra["folder"], "damage"), torch_blocks.read_process
+        last = {}
+
+        def read_process(pid, places, nbytes, into):
+            read(pid, places, nbytes, into)
+            # A difference has the producer asked and the blocks read again: these are damaged, too.
+            if asked.exists():
+                asked.unlink()
+                last["is"] = places[-1]
+            elif last.pop("is", None) != places[-1]:
+                return
+            into[-1] ^= 1
+
+        torch_blocks.read_process = read_process
+
+
+class connector(PyNcclConnector):
+    worker_half = Worker
+    option_names = frozenset({"folder"})
 
 
 def options(place):
-    return {name: value for name, value in _options(place).items() if name != "folder"} | {"pipe": "peer"}
+    return _options(place) | {"pipe": "peer"}
 
 
-__all__ = ["capabilities", "connector", "options", "ready"]
+__all__ = ["capabilities", "connector", "damage", "options", "processes", "ready"]

@@ -40,7 +40,7 @@ processes = True
 
 
 def options(place):
-    common = {"folder": place.folder, "lookup_timeout": 5.0}
+    common = {"folder": place.folder, "lookup_timeout": 5.0, "pipe": "shm"}
     if place.role == "kv_producer":
         return {"kv_port": place.ports[place.index], **common}
     return {"producers": [f"127.0.0.1:{port}" for port in place.producer_ports], **common}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -38,6 +39,12 @@ OFFER_TIMEOUT = 10.0
 WRITERS = max(1, min(2, len(os.sched_getaffinity(0)) - 1))
 """Threads that digest and write what one producer sends, on a CPU. Where a second one has a core, one chunk is digested
 while another is written; where the producer needs that core, the two only take turns at it."""
+
+READERS = min(2, len(os.sched_getaffinity(0)))
+"""Threads that read another process's memory on a CPU: the producer needs no core for that."""
+
+HALVED_BYTES = 4 << 20
+"""What is less is read by one thread."""
 
 KNOWN_BLOCKS, KNOWN_OFFERS = 1 << 20, 4096
 """Of how many blocks and offers, that a producer told of and nobody has loaded yet, ids and digests are kept: 12 MiB on
@@ -344,7 +351,7 @@ class Fetcher:
         self._channel = Channel(address=fields["control"], bell=self._bell)
         if kind == "peer":
             self._window = open_window(fields["invite"], self._store.layout, self._store.device)
-            self._peer = self._store.peer(self._window.layout, self._window.addresses, self._window)
+            self._peer = self._store.peer(self._window.layout, self._window.addresses, self._window, self._window.pid)
             self._channel.send("opened")
         else:
             self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline)
@@ -486,13 +493,32 @@ class Fetcher:
         with task.using():
             if stream is not None and fence is not None:
                 stream.wait_event(fence)
+            half = self._halved(count)
+            others = None
+            if half < count:
+                assert self._writers is not None
+                others = self._writers.submit(self._pull_part, chosen, block_ids, first, slice(half, count))
             try:
-                self._store.pull(chosen, block_ids, first=first, wrong=self._wrong if self._verify else None)
+                self._pull_part(chosen, block_ids, first, slice(half))
             finally:
                 # Also where only half of it could be launched: the task's blocks are its own no longer than this.
                 if stream is not None:
                     stream.synchronize()
+                if others is not None:
+                    concurrent.futures.wait([others])
+            if others is not None:
+                others.result()
         return self._wrong_bytes[:count].nonzero()[0] if self._verify else np.empty(0, np.int64)
+
+    def _pull_part(self, chosen: PeerBlocks, block_ids: np.ndarray, first: int, part: slice) -> None:
+        wrong = self._wrong[part] if self._verify else None
+        self._store.pull(chosen, block_ids[part], first=first + (part.start or 0), wrong=wrong)
+
+    def _halved(self, count: int) -> int:
+        """How many of so many blocks this thread pulls by itself; another one does the rest."""
+        if self._writers is None or READERS < 2 or self._store.staging_bytes(count) < HALVED_BYTES:
+            return count
+        return (count + 1) // 2
 
     # ---- a stream
 

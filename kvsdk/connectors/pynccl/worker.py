@@ -38,7 +38,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._layout, self._store = layout, BlockStore(kv_caches, layout, max_sms=options.max_sms)
         self._device = self._store.device
         self._streams = Streams(self._device)
-        self._kinds = choose(options.pipe, self._device.type)
+        self._kinds = self.pipe_kinds()
         prepare_process(self._device.type)
         self._slot_bytes = self._store.staging_bytes(chunk_blocks(options.staging_bytes, layout.block_bytes))
         logger.info("moves KV blocks over %s (%s)", " or ".join(self._kinds), self._device)
@@ -56,6 +56,10 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 verify=options.verify,
                 counters=self._counters,
             )
+
+    def pipe_kinds(self) -> tuple[str, ...]:
+        """Of the pairs that this worker makes, the best one first."""
+        return choose(self.context.options.pipe, self._device.type)
 
     def make_host(self, kind: str) -> PipeHost:
         """The producer's end of a new pair."""
