@@ -219,10 +219,14 @@ def measure(sizes_mib: list[int], block_bytes: int, rounds: int, patience: float
                         samples[mib][name].append(seconds)
                         spent[mib][name].append(ours_spent)
                         others[mib][name].append(others_spent)
-            digests = end.store.new_digests(count)
-            end.store.digest_in_place(targets(pool, count), np.arange(count), digests)
-            if not np.array_equal(digests.numpy(), expected):
-                raise SystemExit("blocks differ from the producer's")
+            for name in PAIRS:
+                nothing = torch.zeros(end.store.staging_bytes(count), dtype=torch.uint8)
+                end.store.scatter(targets(pool, count), nothing)
+                operations[name]()
+                digests = end.store.new_digests(count)
+                end.store.digest_in_place(targets(pool, count), np.arange(count), digests)
+                if not np.array_equal(digests.numpy(), expected):
+                    raise SystemExit(f"{name}: blocks differ from the producer's")
         ours.send(None)
         steps = single_steps(end.store, pool, rounds)
         end.close()

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from support.caches import DTYPES, KINDS, make_cache
 
 from kvsdk.errors import MismatchError
-from kvsdk.kernels import BlockStore, splitmix64
+from kvsdk.kernels import BlockStore, splitmix64, torch_blocks
 from kvsdk.kernels.digest import WordMixer
 from kvsdk.layout import layout_of
 
@@ -440,6 +441,39 @@ def test_blocks_are_pulled_from_a_peer_in_whatever_layout(theirs, ours, content)
         np.testing.assert_array_equal(cache.content(i), blocks)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+@pytest.mark.parametrize(("theirs", "ours"), [("HND", "HND"), ("NHD", "HND"), ("one buffer", "NHD"), ("HND", "BHLNC")])
+@pytest.mark.parametrize("sizes", [(1,), (1, 3)])
+def test_blocks_are_pulled_piece_by_piece(monkeypatch, theirs, ours, sizes, rows):
+    """Pieces that end within a layer, at its end and in the next one; by two threads, into blocks of their own."""
+    one = any(kind in ("one buffer", "BHLNC") for kind in (theirs, ours))
+    peer, cache = (
+        make_cache(kind, layers=4, blocks=30, sizes=(1,) if one else sizes, seed=i)
+        for i, kind in enumerate((theirs, ours))
+    )
+    monkeypatch.setattr(torch_blocks, "PIECE_BYTES", rows * min(layer.block_bytes for layer in peer.layout().layers))
+    peer_store, store, rng = peer.store(), cache.store(), np.random.default_rng(rows)
+    src_ids, dst_ids = (rng.permutation(30)[:23].astype(np.int32) for _ in range(2))
+    expected = peer_store.new_digests(23)
+    peer_store.digest_in_place(src_ids, np.arange(23), expected)
+    told(expected)[11] ^= np.uint64(1)
+    wrong, digests = store.new_wrong(23), store.new_digests(23)
+    there = store.peer(peer_store.layout, peer_store.addresses, peer)
+    chosen = store.choose(there, src_ids, np.arange(23), told(expected))
+    before = [cache.content(i) for i in range(4)]
+
+    def pull(part):
+        store.pull(chosen, dst_ids[part], first=part.start, wrong=wrong[part], digests=digests[part])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(pull, [slice(0, 9), slice(9, 23)]))
+    assert np.flatnonzero(wrong).tolist() == [11]
+    assert np.flatnonzero(digests != expected).tolist() == [11]
+    for i, blocks in enumerate(before):
+        blocks[dst_ids] = peer.content(i)[src_ids]
+        np.testing.assert_array_equal(cache.content(i), blocks)
+
+
 def test_kernel_blocks_that_cut_the_tokens_otherwise_are_pulled():
     peer, cache = (make_cache("HND", tokens=n, ratio=6 // n, seed=n) for n in (2, 3))
     store = cache.store()
@@ -449,7 +483,7 @@ def test_kernel_blocks_that_cut_the_tokens_otherwise_are_pulled():
         np.testing.assert_array_equal(cache.content(i)[5], peer.content(i)[3])
 
 
-def test_a_peer_in_shared_memory_is_read_as_it_is_now():
+def test_a_peer_is_read_as_it_is_now():
     cache, peer = make_cache("HND"), make_cache("HND", seed=1)
     with mmap.mmap(-1, sum(s.numel() for s in peer.storages)) as memory:
         start, addresses = ctypes.addressof(ctypes.c_char.from_buffer(memory)), []

@@ -3,6 +3,7 @@
 Two worker halves in one process, which reads its own memory as it would another's.
 """
 
+import contextlib
 import logging
 import time
 
@@ -258,11 +259,11 @@ def test_a_load_ends_when_both_threads_have(pair, halved, monkeypatch):
     """Also where one of them fails at once: the other still writes into its blocks."""
     pulled, pull = [], pair.fetcher._pull_part
 
-    def part(chosen, block_ids, first, part):
-        if part.start is None:
+    def part(block_ids, chosen, first, part):
+        if part.start == 0:
             raise KVError("on purpose")
         time.sleep(0.1)
-        pull(chosen, block_ids, first, part)
+        pull(block_ids, chosen, first, part)
         pulled.append(part)
 
     pair.keep("x")
@@ -274,6 +275,36 @@ def test_a_load_ends_when_both_threads_have(pair, halved, monkeypatch):
     pair.keep("y")
     assert pair.load("y").state is TaskState.DONE
     pair.same()
+
+
+def test_between_two_parts_it_is_looked_whether_the_load_is_still_wanted(pair, monkeypatch):
+    monkeypatch.setattr(fetching, "AT_ONCE_BYTES", 5 * pair.source.layout().block_bytes)
+    pulled, pull = [], pair.fetcher._pull_part
+
+    def part(block_ids, chosen, first, part):
+        pull(block_ids, chosen, first, part)
+        pulled.append((part.start, part.stop))
+
+    monkeypatch.setattr(pair.fetcher, "_pull_part", part)
+    pair.keep("x")
+    pair.told("x")
+    assert pair.load("x").state is TaskState.DONE
+    pair.same()
+    assert pulled == [(0, 5), (5, 10), (10, 12)]
+    using = LoadTask.using
+
+    @contextlib.contextmanager
+    def once(task):
+        with using(task):
+            yield
+        task.expire()
+
+    pair.keep("y")
+    pair.told("y")
+    del pulled[:]
+    monkeypatch.setattr(LoadTask, "using", once)
+    assert pair.load("y").state is TaskState.EXPIRED
+    assert pulled == [(0, 5)]
 
 
 def test_nobody_rings_while_holding_the_lock_that_the_models_thread_takes():

@@ -219,8 +219,8 @@ class SchedulerLifecycle:
         find_timeout: seconds that `find` may answer *ask again* before the request is computed here.
         announce_wait: seconds more for a request whose transfer a proxy announced.
         load_timeout: seconds for a load or a save, from its arrival at the worker.
-        loaded_pass: let requests whose load has ended pass those that vLLM finds no room for. For releases in which
-            such a request keeps all behind it waiting, also those that have the blocks it waits for.
+        loaded_pass: let requests whose load has ended pass one that vLLM finds no room for. For releases in which such
+            a request keeps all behind it waiting, also those that have the blocks it waits for.
     """
 
     def __init__(
@@ -243,7 +243,8 @@ class SchedulerLifecycle:
         self._requests: dict[str, _Tracked] = {}
         self._loads: dict[str, _Tracked] = {}  # by request id, also after an abort, until the workers reported
         self._loaded_pass = loaded_pass
-        self._loaded: set[str] = set()  # requests whose load has ended, until vLLM schedules them
+        self._loaded: set[str] = set()  # requests whose load has ended, until vLLM schedules them or frees their blocks
+        self._without_room: set[str] = set()  # requests that vLLM was answered for and has not allocated for
         self._num_steps = 0
         self._saves: dict[int, int] = {}  # save id -> workers that have not reported
         self._orders = Orders()
@@ -287,13 +288,16 @@ class SchedulerLifecycle:
         if tracked is None:
             return 0, False
         tracked.running = False
-        # In every other step only: what has loaded may find no room either, where this request has some by now.
-        if tracked.asked and self._loaded_pass and self._loaded - {request_id} and self._num_steps % 2:
+        self._loaded.discard(request_id)  # vLLM asks for a request that has no blocks: its load failed
+        if self._loaded_pass and self._loaded and self._without_room and self._num_steps % 2:
+            # Nobody takes what the one without room waits for, and what has loaded is reached. But in every other step:
+            # what has loaded may find no room either, where that one has some by now.
             return None, False
         answer = self._match(tracked, num_local, resumed)
         if answer is None:
             return None, False
         tracked.asked += 1
+        self._without_room.add(request_id)
         if self.has_holds:
             block_size = self._context.cache.block_size
             needed = -(-tracked.num_tokens() // block_size) - num_local // block_size
@@ -357,6 +361,7 @@ class SchedulerLifecycle:
         if tracked is None:
             return
         tracked.asked = 0
+        self._without_room.discard(request_id)
         tracked.table = [list(ids) for ids in blocks]
         if tracked.stage is not _Stage.FOUND:
             return
@@ -398,6 +403,7 @@ class SchedulerLifecycle:
         if tracked is None:
             return None
         self._loaded.discard(request_id)
+        self._without_room.discard(request_id)
         if tracked.stage is _Stage.LOADING:
             # vLLM keeps these blocks until every worker has reported the load; the workers stop as soon as they hear of
             # it.

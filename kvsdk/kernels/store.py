@@ -34,7 +34,7 @@ class PeerCache:
 
     Attributes:
         layout: of the peer's cache.
-        owner: whatever keeps the memory mapped; held as long as this object.
+        owner: whatever keeps a GPU's memory mapped; held as long as this object.
         puller: what reads it.
     """
 
@@ -284,7 +284,7 @@ class BlockStore:
             layout: of the peer's cache; the same content as this one, in whatever order and spacing.
             addresses: uint64 `(layers,)`: where block 0 of each of its layers lies: for a GPU in this process, into
                 which CUDA IPC maps it, for a CPU in the process `pid`.
-            owner: whatever keeps the memory mapped.
+            owner: whatever keeps a GPU's memory mapped.
             pid: for a CPU: whose memory it is; this process's unless given.
 
         Raises:

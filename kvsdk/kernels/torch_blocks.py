@@ -5,10 +5,11 @@ On a GPU, what digests waits for the current stream here.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import itertools
 import os
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +190,8 @@ class Puller:
     written while a core's caches have it. Safe to use from several threads, for different blocks of this cache."""
 
     def __init__(self, blocks: TorchBlocks, plan: Plan, addresses: np.ndarray, pid: int):
-        self._blocks, self._pid, self._own = blocks, pid, threading.local()
+        self._blocks, self._pid = blocks, pid
+        self._idle: collections.deque[torch.Tensor] = collections.deque()  # memory for pieces that nobody uses now
         targets, self._alike = blocks.targets(plan), list[_Alike]()
         for layer, group in itertools.groupby(range(len(plan.layers)), key=lambda i: plan.layers[i]):
             indices = list(group)
@@ -215,14 +217,18 @@ class Puller:
         n = len(dst_ids)
         ids, positions, expected = (array[first : first + n] if array is not None else None for array in chosen)
         sums: list[np.ndarray] = []
-        for alike in self._alike:
-            told = self._pull(alike, ids.astype(np.uint64), dst_ids.astype(np.intp), digested=positions is not None)
-            sums += list(told.reshape(-1, n))
+        with self._staging() as staging:
+            for alike in self._alike:
+                which = ids.astype(np.uint64), dst_ids.astype(np.intp)
+                told = self._pull(staging, alike, *which, digested=positions is not None)
+                sums += list(told.reshape(-1, n))
         if positions is not None:
             results = (tensor[:n] if tensor is not None else None for tensor in (digests, wrong))
             self._blocks.finish(sums, Check(positions, expected, *results))
 
-    def _pull(self, alike: _Alike, ids: np.ndarray, dst_ids: np.ndarray, *, digested: bool) -> np.ndarray:
+    def _pull(
+        self, staging: torch.Tensor, alike: _Alike, ids: np.ndarray, dst_ids: np.ndarray, *, digested: bool
+    ) -> np.ndarray:
         """Returns the sum of each row, layer by layer, if they are digested."""
         n, layer = len(ids), alike.plan
         total, size = n * len(alike.starts), layer.block_bytes
@@ -232,7 +238,7 @@ class Puller:
             b = min(a + at_once, total)
             which, block = np.divmod(np.arange(a, b), n)
             begins = alike.starts[which] + ids[block] * np.uint64(layer.src_stride)
-            piece = self._staging()[: (b - a) * size]
+            piece = staging[: (b - a) * size]
             places = (begins[:, None] + alike.segments).reshape(-1)
             read_process(self._pid, places, alike.segment_bytes, piece)
             # The same bytes are digested and written: the peer may change its own at any time.
@@ -244,12 +250,18 @@ class Puller:
                 _write(alike.targets[i], dst_ids[low - i * n : high - i * n], rows[low - a : high - a])
         return sums
 
-    def _staging(self) -> torch.Tensor:
-        """This thread's memory for a piece."""
-        if not hasattr(self._own, "staging"):
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[torch.Tensor]:
+        """Memory for a piece."""
+        try:
+            staging = self._idle.pop()
+        except IndexError:
             with torch.inference_mode(False):
-                self._own.staging = torch.empty(self._piece, dtype=torch.uint8)
-        return self._own.staging
+                staging = torch.empty(self._piece, dtype=torch.uint8)
+        try:
+            yield staging
+        finally:
+            self._idle.append(staging)
 
 
 def _write(targets: list[np.ndarray], dst_ids: np.ndarray, rows: np.ndarray) -> None:

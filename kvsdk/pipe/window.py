@@ -4,8 +4,9 @@ A GPU's memory is opened by CUDA IPC: the consumer maps the producer's allocatio
 GPU by itself or not. Not every allocation can be laid open: CUDA IPC needs memory of `cudaMalloc`, which PyTorch's
 expandable segments and vLLM's sleep mode do not use.
 
-A CPU's memory is read out of the other process (`kvsdk.kernels.process_memory`), which the system has to allow. A
-number in the producer's memory shows that it does, and that the consumer reads the right process.
+A CPU's memory is read out of the other process (`kvsdk.kernels.process_memory`), which the system has to allow. Where
+the cache lies there is read from that process, too, and not from a message: whoever can send one does not choose what
+the consumer reads. What is found also shows that it is the right process.
 
 Both need both processes on one host.
 """
@@ -32,9 +33,8 @@ from kvsdk.layout import CacheLayout, LayerLayout
 WINDOW_VERSION = 2
 _IPC, _PROCESS_MEMORY = "cuda-ipc", "process-memory"
 _HANDLE_BYTES = 64
-_PROOF_BYTES = 16
-_PROOF = torch.frombuffer(bytearray(os.urandom(_PROOF_BYTES)), dtype=torch.uint8)
-"""What nobody can read who cannot read this process's memory."""
+_TABLE_HEAD = b"kvsdk window 2\0\0"
+_NONCE_BYTES = 16
 _PROCESS = uuid.uuid4().hex
 """Of this process, and of none that was forked off it later: nothing here forks after CUDA has started."""
 
@@ -57,9 +57,9 @@ def lay_open(layout: CacheLayout, addresses: np.ndarray, device: torch.device) -
         "strides": [[layer.block_stride, len(layer.segments), *_first_and_step(layer)] for layer in layout.layers],
     }
     if device.type != "cuda":
-        proof = [_PROOF.data_ptr(), _PROOF.numpy().tobytes()]
-        layers = [[0, int(a)] for a in addresses]
-        return window | {"kind": _PROCESS_MEMORY, "process": os.getpid(), "proof": proof, "layers": layers}
+        table = _table_of(addresses.tobytes())
+        nonce = table[len(_TABLE_HEAD) : len(_TABLE_HEAD) + _NONCE_BYTES].tobytes()
+        return window | {"kind": _PROCESS_MEMORY, "process": os.getpid(), "table": table.ctypes.data, "nonce": nonce}
     handles: dict[int, bytes] = {}
     layers = []
     try:
@@ -113,25 +113,21 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
         device: this worker's.
 
     Raises:
-        ProtocolError: the message is malformed, or names memory outside the mapping.
-        WindowUnavailable: the memory cannot be read here; the message says why.
+        ProtocolError: the message is malformed, or names memory outside a GPU's mapping.
+        WindowUnavailable: the memory cannot be read here, or is described in another version; the message says why.
     """
     layout = _layout_of(window, ours)
     places = window.get("layers")
     wanted = _IPC if device.type == "cuda" else _PROCESS_MEMORY
     if window.get("kind") != wanted:
         raise WindowUnavailable(f"it lays its memory open by {window.get('kind')!r}, and this worker takes {wanted!r}")
-    _check(isinstance(places, list) and len(places) == len(ours.layers), "layers")
-    for place in places:
-        _check(
-            isinstance(place, list) and len(place) == 2 and all(type(x) is int and 0 <= x < 1 << 64 for x in place),
-            "layers",
-        )
     if window.get("host") != this_host():
         raise WindowUnavailable("it is on another host")
     if wanted == _PROCESS_MEMORY:
-        pid = _process_of(window)
-        return OpenWindow(layout, np.array([at for _, at in places], dtype=np.uint64), pid, lambda: None)
+        return _open_process(window, layout)
+    _check(isinstance(places, list) and len(places) == len(ours.layers), "layers")
+    for place in places:
+        _check(isinstance(place, list) and len(place) == 2 and all(type(x) is int and x >= 0 for x in place), "layers")
     if window.get("process") == _PROCESS:
         raise WindowUnavailable("CUDA IPC does not open memory in the process that it belongs to")
     handles = window.get("handles")
@@ -159,26 +155,35 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
     return OpenWindow(layout, addresses, None, close)
 
 
-def _process_of(window: dict[str, Any]) -> int:
-    """The process that a window of a CPU is of, if this one may read it."""
-    pid, proof = window.get("process"), window.get("proof")
+@functools.cache
+def _table_of(addresses: bytes) -> np.ndarray:
+    """Where the layers of one cache of this process lie, for whoever reads its memory; stays where it is."""
+    return np.frombuffer(bytearray(_TABLE_HEAD + os.urandom(_NONCE_BYTES) + addresses), np.uint8)
+
+
+def _open_process(window: dict[str, Any], layout: CacheLayout) -> OpenWindow:
+    """The window of a CPU, if this process may read the one that it is of."""
+    pid, table, nonce = (window.get(name) for name in ("process", "table", "nonce"))
     _check(type(pid) is int and 0 < pid < 1 << 31, "process")
-    _check(
-        isinstance(proof, list)
-        and len(proof) == 2
-        and _is_address(proof[0])
-        and isinstance(proof[1], bytes)
-        and len(proof[1]) == _PROOF_BYTES,
-        "proof",
-    )
-    read = torch.zeros(_PROOF_BYTES, dtype=torch.uint8)
+    _check(type(table) is int and 0 <= table < 1 << 64, "table")
+    _check(isinstance(nonce, bytes) and len(nonce) == _NONCE_BYTES, "nonce")
+    head = _TABLE_HEAD + nonce
+    read = torch.zeros(len(head) + 8 * len(layout.layers), dtype=torch.uint8)
+    ends = [_extent(layer, layout.num_blocks) - 1 for layer in layout.layers]
     try:
-        read_process(pid, np.array([proof[0]], np.uint64), _PROOF_BYTES, read)
+        read_process(pid, np.array([table], np.uint64), len(read), read)
+        found = read.numpy()
+        addresses = found[len(head) :].view(np.uint64).copy()
+        same = found[: len(head)].tobytes() == head
+        if same:
+            # Else no load would succeed, and no other kind would be tried.
+            places = np.concatenate([addresses, addresses + np.array(ends, np.uint64)])
+            read_process(pid, places, 1, torch.empty(len(places), dtype=torch.uint8))
     except KVError as error:
         raise WindowUnavailable(f"its memory cannot be read: {error}") from error
-    if read.numpy().tobytes() != proof[1]:
+    if not same:
         raise WindowUnavailable(f"process {pid} is another one here: it runs in another PID namespace")
-    return pid
+    return OpenWindow(layout, addresses, pid, lambda: None)
 
 
 class _Mapping:
@@ -235,7 +240,7 @@ def _layout_of(window: Any, ours: CacheLayout) -> CacheLayout:
     """The other worker's layout: the same content as ours, in places of its own."""
     _check(isinstance(window, dict), "the window")
     if window.get("version") != WINDOW_VERSION:
-        raise ProtocolError(f"a window of version {window.get('version')!r}, and this worker speaks {WINDOW_VERSION}")
+        raise WindowUnavailable(f"its window is of version {window.get('version')!r}, not {WINDOW_VERSION}")
     num_blocks, strides = window.get("num_blocks"), window.get("strides")
     _check(type(num_blocks) is int and 0 < num_blocks < 1 << 31, "num_blocks")
     _check(isinstance(strides, list) and len(strides) == len(ours.layers), "strides")
@@ -269,10 +274,6 @@ def _layout_of(window: Any, ours: CacheLayout) -> CacheLayout:
 def _check(good: bool, what: str) -> None:
     if not good:
         raise ProtocolError(f"a window's {what} cannot be")
-
-
-def _is_address(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 64
 
 
 @functools.cache

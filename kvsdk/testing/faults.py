@@ -685,8 +685,8 @@ class _FaultyLookups:
 
 
 class _FaultyPairs:
-    """The pipes of a `PyNcclWorker`, which reads nothing in place unless the option `pipe` says so: there would be
-    nothing between the two that could have faults."""
+    """The pipes of a `PyNcclWorker`. What it reads in place has no faults but those of its two halves, so it does that
+    only if the option `pipe` says so."""
 
     def pipe_kinds(self) -> tuple[str, ...]:
         kinds = super().pipe_kinds()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_lifecycle import fill
 from test_pynccl import at_rest, buffer, client, decode, half, pair, prefill, prompt, run_all
 
@@ -360,7 +361,7 @@ def test_a_request_preempted_while_its_last_token_is_under_way_is_offered_whole(
     at_rest(p)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
 def test_memory_that_runs_out_while_receiving_fails_the_load(pair, monkeypatch, kind):
     p, d = pair(extra={"pipe": kind})
     prefill(p, "a", prompt(100))
@@ -373,6 +374,7 @@ def test_memory_that_runs_out_while_receiving_fails_the_load(pair, monkeypatch, 
 
         return call
 
+    monkeypatch.setattr(torch, "empty", out_of_memory(RuntimeError("no memory for pieces"), torch.empty))
     monkeypatch.setattr(mmap, "mmap", out_of_memory(OSError(errno.ENOMEM, "no memory to map"), mmap.mmap))
     monkeypatch.setattr(Pipe, "_new_slot", out_of_memory(MemoryError("no memory for slots"), Pipe._new_slot))
     assert decode(d, "b", prompt(100), others=[p]) == 0
@@ -380,16 +382,19 @@ def test_memory_that_runs_out_while_receiving_fails_the_load(pair, monkeypatch, 
     at_rest(p, d)
 
 
-def test_a_producer_that_is_not_read_from_any_more_costs_neither_thread_nor_memory(pair, monkeypatch):
+@pytest.mark.parametrize("kind", ["peer", "shm"])
+def test_a_producer_that_is_not_read_from_any_more_costs_neither_thread_nor_memory(pair, monkeypatch, kind):
     """Every start of a prefill server has a new address: what was kept for the old one would add up."""
     monkeypatch.setattr(fetching, "IDLE_SECONDS", 0.2)
-    p, d = pair()
+    monkeypatch.setattr(fetching, "HALVED_BYTES", 0)  # so that a second thread reads
+    p, d = pair(extra={"pipe": kind})
     for i in range(2):
         prefill(p, f"a{i}", prompt(100, i))
         assert decode(d, f"b{i}", prompt(100, i), others=[p]) == 99
         (fetcher,) = worker_half(d)._fetchers.values()
         fetcher._thread.join(5)
-        assert not fetcher._thread.is_alive() and fetcher._pipe is None
+        assert not fetcher._thread.is_alive()
+        assert fetcher._pipe is None and fetcher._window is None and fetcher._peer is None
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvsdk-write")]
         run_all(p, d, until=lambda: worker_half(p)._server.num_pairs == 0, seconds=5)
     at_rest(p, d)
@@ -622,10 +627,15 @@ def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
     assert counts[0] == counts[1] == {"open": 1, "read": 1, "part": 1, "row": 1, "chunk": 1, "tensor": 1}
 
 
-def test_two_servers_load_from_each_other_at_the_same_time(engine):
+@pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
+def test_two_servers_load_from_each_other_at_the_same_time(engine, kind):
     ports = [free_port(), free_port()]
     servers = [
-        engine("PyNcclConnector", role="kv_both", extra={"kv_port": port, "producers": [f"127.0.0.1:{other}"]})
+        engine(
+            "PyNcclConnector",
+            role="kv_both",
+            extra={"kv_port": port, "producers": [f"127.0.0.1:{other}"], "pipe": kind},
+        )
         for port, other in (ports, ports[::-1])
     ]
     assert all(client(server).wait_ready(5.0) for server in servers)

@@ -168,6 +168,37 @@ def test_what_has_loaded_passes_those_that_find_no_room_before_it(engine, script
     one.check_at_rest()
 
 
+def test_nobody_else_passes_one_that_finds_no_room(engine, script):
+    """Small requests that vLLM has not asked for yet would take what the one before them waits for, again and again."""
+    one = engine(num_blocks=16)
+    taken = one.scheduler.kv_cache_manager.block_pool.get_new_blocks(8)
+    script.answers["big"] = ASK_AGAIN
+    one.add("big", prompt(130, 2), max_tokens=2)  # 9 blocks; 7 are free
+    one.step()
+    script.answers["big"] = None
+    for i in range(12):
+        script.answers[f"small {i}"] = Hit(16, None)
+        one.add(f"small {i}", prompt(17, 10 + i), max_tokens=2)
+    one.add("loads", prompt(33, 3), max_tokens=2)
+    tracked = one.connector._scheduler
+    tracked._loaded.add("of another request")
+    for _ in range(10):
+        one.step()
+    assert not script.tasks, "a later request has got blocks"
+    tracked._loaded.clear()
+    one.scheduler.kv_cache_manager.block_pool.free_blocks(taken)
+    one.run(until=lambda: "big" in one.finish_reasons)
+    for _ in range(40):
+        one.step()
+        for task in script.tasks:
+            if not task.ended:
+                fill(one, task, prompt(17, 10 + int(task.request_id.split()[1])))
+                task.done()
+    one.run()
+    assert one.outputs["big"] == one.expected(prompt(130, 2), 2)
+    one.check_at_rest()
+
+
 def test_what_has_loaded_and_finds_no_room_keeps_nobody_waiting(engine, script):
     one = engine(num_blocks=20)
     pool = one.scheduler.kv_cache_manager.block_pool

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+from support.processes import MAY_NOT_READ
 from test_suite_pynccl import capabilities, damage, processes, ready
 from test_suite_pynccl import options as _options
 
@@ -40,5 +42,7 @@ class connector(PyNcclConnector):
 def options(place):
     return _options(place) | {"pipe": "peer"}
 
+
+pytestmark = pytest.mark.skipif(bool(MAY_NOT_READ), reason=MAY_NOT_READ)
 
 __all__ = ["capabilities", "connector", "damage", "options", "processes", "ready"]

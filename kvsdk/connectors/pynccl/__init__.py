@@ -1,5 +1,5 @@
-"""`PyNcclConnector`: KV blocks over torch.distributed send/recv (NCCL on GPUs, gloo on CPUs) or, between CPUs of one
-host, through shared memory; found through a lookup buffer.
+"""`PyNcclConnector`: KV blocks over torch.distributed send/recv (NCCL on GPUs, gloo on CPUs) or, on one host, read in
+place or, between CPUs, through shared memory; found through a lookup buffer.
 
 The prefill server keeps a finished prompt's blocks; the decode server claims them by prompt prefix or by
 `kv_transfer_params`, and loads whole blocks and the partial tail in the background. Every block is checked against a

@@ -46,6 +46,9 @@ READERS = min(2, len(os.sched_getaffinity(0)))
 HALVED_BYTES = 4 << 20
 """What is less is read by one thread."""
 
+AT_ONCE_BYTES = 256 << 20
+"""That is read of another process's memory before it is looked whether the load is still wanted: 50 ms."""
+
 KNOWN_BLOCKS, KNOWN_OFFERS = 1 << 20, 4096
 """Of how many blocks and offers, that a producer told of and nobody has loaded yet, ids and digests are kept: 12 MiB on
 the host and 20 on the device at most. The oldest offers go first; a load of one of them asks."""
@@ -340,9 +343,9 @@ class Fetcher:
             answer, fields = opening.recv(deadline)
         finally:
             opening.close()
-        if answer == "refused":
+        if answer in ("refused", "unavailable"):
             reason = f"{self.address} refused to pair: {fields['reason']}"
-            raise WindowUnavailable(reason) if kind in ("peer", "shm") else KVError(reason)
+            raise WindowUnavailable(reason) if answer == "unavailable" else KVError(reason)
         if answer != "invited":
             raise ProtocolError(f"{self.address} answered {answer}")
         if not 0 < fields["chunk"] <= self._room:
@@ -489,36 +492,40 @@ class Fetcher:
         if count > len(self._wrong_bytes):
             self._wrong = self._store.new_wrong(2 * count)
             self._wrong_bytes = self._wrong.numpy()
-        block_ids, fence, stream = task.order.blocks[0][start : start + count], task.fence, self._stream
-        with task.using():
-            if stream is not None and fence is not None:
-                stream.wait_event(fence)
-            half = self._halved(count)
-            others = None
-            if half < count:
-                assert self._writers is not None
-                others = self._writers.submit(self._pull_part, chosen, block_ids, first, slice(half, count))
-            try:
-                self._pull_part(chosen, block_ids, first, slice(half))
-            finally:
-                # Also where only half of it could be launched: the task's blocks are its own no longer than this.
-                if stream is not None:
-                    stream.synchronize()
-                if others is not None:
-                    concurrent.futures.wait([others])
-            if others is not None:
-                others.result()
+        block_ids, at_once = task.order.blocks[0][start : start + count], count
+        if self._writers is not None:
+            at_once = max(1, AT_ONCE_BYTES // self._store.staging_bytes(1))
+        for at in range(0, count, at_once):
+            if self._stop.is_set():
+                raise KVError("the worker closes")
+            with task.using():
+                if self._stream is not None and task.fence is not None:
+                    self._stream.wait_event(task.fence)
+                try:
+                    self._pull_by_two(block_ids, chosen, first, slice(at, min(at + at_once, count)))
+                finally:
+                    # Also where only half of it could be launched: the task's blocks are its own no longer than this.
+                    if self._stream is not None:
+                        self._stream.synchronize()
         return self._wrong_bytes[:count].nonzero()[0] if self._verify else np.empty(0, np.int64)
 
-    def _pull_part(self, chosen: PeerBlocks, block_ids: np.ndarray, first: int, part: slice) -> None:
-        wrong = self._wrong[part] if self._verify else None
-        self._store.pull(chosen, block_ids[part], first=first + (part.start or 0), wrong=wrong)
+    def _pull_by_two(self, block_ids: np.ndarray, chosen: PeerBlocks, first: int, part: slice) -> None:
+        """Copy a part of these blocks; on a CPU, where that is worth while, by two threads."""
+        count = part.stop - part.start
+        if self._writers is None or READERS < 2 or count < 2 or self._store.staging_bytes(count) < HALVED_BYTES:
+            self._pull_part(block_ids, chosen, first, part)
+            return
+        half = part.start + count // 2
+        other = self._writers.submit(self._pull_part, block_ids, chosen, first, slice(half, part.stop))
+        try:
+            self._pull_part(block_ids, chosen, first, slice(part.start, half))
+        finally:
+            concurrent.futures.wait([other])
+        other.result()
 
-    def _halved(self, count: int) -> int:
-        """How many of so many blocks this thread pulls by itself; another one does the rest."""
-        if self._writers is None or READERS < 2 or self._store.staging_bytes(count) < HALVED_BYTES:
-            return count
-        return (count + 1) // 2
+    def _pull_part(self, block_ids: np.ndarray, chosen: PeerBlocks, first: int, part: slice) -> None:
+        wrong = self._wrong[part] if self._verify else None
+        self._store.pull(chosen, block_ids[part], first=first + part.start, wrong=wrong)
 
     # ---- a stream
 

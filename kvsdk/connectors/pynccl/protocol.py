@@ -17,7 +17,7 @@ from kvsdk.pipe import SLOTS
 _ID = Field(str, limit=64)
 
 WORKER_WIRE = Wire(
-    "kvsdk.worker/4",
+    "kvsdk.worker/5",
     {
         # consumer -> producer, to the worker's listener; answered once
         "open": {"pipe": _ID, "timeout": float, "chunk": int},
@@ -26,6 +26,7 @@ WORKER_WIRE = Wire(
             "control": Field(str, limit=256),
             "chunk": int,
         },  # the invite: a window, or a pipe's
+        "unavailable": {"reason": str},  # by this kind of pipe
         "refused": {"reason": str},
         # consumer -> producer, on the pair's own channel
         "read": {

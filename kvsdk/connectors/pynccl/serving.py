@@ -358,7 +358,7 @@ class WorkerServer:
             raise ProtocolError(f"{kind} at the listener")
         if fields["pipe"] not in self._kinds:
             reason = f"this worker speaks {' and '.join(self._kinds)}, not {fields['pipe']}"
-            return WORKER_WIRE.encode("refused", reason=reason)
+            return WORKER_WIRE.encode("unavailable", reason=reason)
         if len(self._pairs) >= MAX_PAIRS:
             logger.warning("a pair was refused: %d are open", MAX_PAIRS)
             return WORKER_WIRE.encode("refused", reason=f"{MAX_PAIRS} pairs are open, which is the limit")
@@ -369,7 +369,7 @@ class WorkerServer:
             try:
                 window = self._window()
             except WindowUnavailable as error:
-                return WORKER_WIRE.encode("refused", reason=str(error)[:1000])
+                return WORKER_WIRE.encode("unavailable", reason=str(error)[:1000])
             bell = Bell()
             channel = Channel(bind_ip=self._bind_ip, bell=bell)
             self._start(None, self._serve_window, channel, bell, timeout)
@@ -379,7 +379,7 @@ class WorkerServer:
         try:
             invite = host.prepare()
         except WindowUnavailable as error:
-            return WORKER_WIRE.encode("refused", reason=str(error)[:1000])
+            return WORKER_WIRE.encode("unavailable", reason=str(error)[:1000])
         channel = Channel(bind_ip=self._bind_ip)
         self._start(host, self._serve, host, invite, channel, chunk, timeout)
         return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
