@@ -32,7 +32,7 @@ from kvsdk.connector.interface import CacheGeometry, Context
 from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
 from kvsdk.connectors.pynccl import PyNcclWorker
 from kvsdk.connectors.pynccl.protocol import Source
-from kvsdk.kernels import BlockStore
+from kvsdk.kernels import BlockStore, torch_blocks
 from kvsdk.layout import layout_of
 
 LAYERS, TOKENS = 32, 16
@@ -290,10 +290,18 @@ def single_steps(store: BlockStore, pool: int, rounds: int) -> dict[str, Any]:
         at = (at + chunk) % (pool - chunk)
         return order[at : at + chunk]
 
+    def puller(mib: int) -> Callable[[], object]:
+        """Reads this process's memory as another's, digests and writes."""
+        before, torch_blocks.PIECE_BYTES = torch_blocks.PIECE_BYTES, mib << 20
+        peer, digests = store.peer(store.layout, store.addresses), store.new_digests(chunk)
+        torch_blocks.PIECE_BYTES = before
+        return lambda: store.pull(store.choose(peer, following(), positions), following(), digests=digests)
+
     operations: dict[str, Callable[[], object]] = {
         "gather": lambda: store.gather(following(), staging),
         "digest of a staged message": lambda: store.digest(staging, chunk, positions),
         "scatter": lambda: store.scatter(following(), staging),
+        **{f"pull in pieces of {mib} MiB": puller(mib) for mib in (1, 4, 16)},
     }
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     for i in range(WARM_UP + rounds):
