@@ -290,18 +290,14 @@ def single_steps(store: BlockStore, pool: int, rounds: int) -> dict[str, Any]:
         at = (at + chunk) % (pool - chunk)
         return order[at : at + chunk]
 
-    def puller(mib: int) -> Callable[[], object]:
-        """Reads this process's memory as another's, digests and writes."""
-        before, torch_blocks.PIECE_BYTES = torch_blocks.PIECE_BYTES, mib << 20
-        peer, digests = store.peer(store.layout, store.addresses), store.new_digests(chunk)
-        torch_blocks.PIECE_BYTES = before
-        return lambda: store.pull(store.choose(peer, following(), positions), following(), digests=digests)
-
+    peer, digests = store.peer(store.layout, store.addresses), store.new_digests(chunk)  # this process's own memory
     operations: dict[str, Callable[[], object]] = {
         "gather": lambda: store.gather(following(), staging),
         "digest of a staged message": lambda: store.digest(staging, chunk, positions),
         "scatter": lambda: store.scatter(following(), staging),
-        **{f"pull in pieces of {mib} MiB": puller(mib) for mib in (1, 4, 16)},
+        "pull, with digests": lambda: store.pull(
+            store.choose(peer, following(), positions), following(), digests=digests
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     for i in range(WARM_UP + rounds):
@@ -378,7 +374,12 @@ def main(arguments: list[str] | None = None) -> int:
         default=0.0,
         help="seconds without work before each sample, for others on a shared machine (default: %(default)s)",
     )
+    parser.add_argument(
+        "--piece", type=int, help="MiB that a thread reads in place at a time (default: kvsdk.kernels.torch_blocks's)"
+    )
     args = parser.parse_args(arguments)
+    if args.piece:
+        torch_blocks.PIECE_BYTES = args.piece << 20
     result = measure(args.mib, args.kib * 1024, args.rounds, args.patience, args.rest)
     samples, sizes, against = result["seconds"], result["bytes"], ratios(result["seconds"])
     rows: list[list[Any]] = [["GB/s, median", *(f"{mib} MiB" for mib in samples)]]

@@ -22,8 +22,9 @@ from kvsdk.kernels.results import Check
 from kvsdk.layout import CacheLayout, LayerLayout, LayerPlan, Plan, plan_copy, staging_layout
 
 PIECE_BYTES = 16 << 20
-"""That a thread reads of a peer's memory before it digests and writes them: 256 rows of 64 KiB. With 4 MiB a load of
-1 GiB ran at 0.79 of memcpy, with 8 at 0.86 and with 16 at 0.90, by two threads on two cores."""
+"""That a thread reads of a peer's memory before it digests and writes them: 256 rows of 64 KiB. Loads of 1 GiB ran at
+0.53 of memcpy with 2 MiB, 0.61 with 4, 0.68 with 8, 0.71 with 16 and 0.58 with 32
+(benchmarks/results/2026-11-22-cpu.md)."""
 
 
 class TorchBlocks:
