@@ -74,7 +74,7 @@ def test_what_is_no_window_is_refused(window):
         ({"host": "another"}, "on another host"),
         ({"process": 1 << 30}, f"cannot be read: process {1 << 30} is gone"),
         ({"table": 8}, "cannot be read: process .* has no memory there"),
-        ({"num_blocks": 1 << 30}, "cannot be read: process .* has no memory there"),
+        ({"num_blocks": 1 << 30}, "has something else there"),
         ({"version": 99}, "of version 99, not 2"),
         ({"version": None}, "of version None"),
     ],
@@ -98,6 +98,9 @@ def test_where_the_cache_lies_is_not_for_a_message_to_say():
     window = opened(cache)
     changed = open_window(window | {"layers": [[0, int(a)] for a in other.store().addresses]}, cache.layout(), CPU)
     np.testing.assert_array_equal(changed.addresses, cache.store().addresses)
+    further = [[2 * block_stride, *rest] for block_stride, *rest in window["strides"]]
+    with pytest.raises(WindowUnavailable, match="has something else there"):
+        open_window(window | {"strides": further}, cache.layout(), CPU)
     assert not {int(a) for a in cache.store().addresses} & {x for x in window.values() if type(x) is int}
 
 

@@ -14,6 +14,7 @@ Both need both processes on one host.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 import uuid
@@ -57,7 +58,7 @@ def lay_open(layout: CacheLayout, addresses: np.ndarray, device: torch.device) -
         "strides": [[layer.block_stride, len(layer.segments), *_first_and_step(layer)] for layer in layout.layers],
     }
     if device.type != "cuda":
-        table = _table_of(addresses.tobytes())
+        table = _table_of(_geometry_of(window) + addresses.tobytes())
         nonce = table[len(_TABLE_HEAD) : len(_TABLE_HEAD) + _NONCE_BYTES].tobytes()
         return window | {"kind": _PROCESS_MEMORY, "process": os.getpid(), "table": table.ctypes.data, "nonce": nonce}
     handles: dict[int, bytes] = {}
@@ -156,9 +157,14 @@ def open_window(window: Any, ours: CacheLayout, device: torch.device) -> OpenWin
 
 
 @functools.cache
-def _table_of(addresses: bytes) -> np.ndarray:
-    """Where the layers of one cache of this process lie, for whoever reads its memory; stays where it is."""
-    return np.frombuffer(bytearray(_TABLE_HEAD + os.urandom(_NONCE_BYTES) + addresses), np.uint8)
+def _table_of(places: bytes) -> np.ndarray:
+    """Where a cache of this process lies, for whoever reads its memory; stays where it is."""
+    return np.frombuffer(bytearray(_TABLE_HEAD + os.urandom(_NONCE_BYTES) + places), np.uint8)
+
+
+def _geometry_of(window: dict[str, Any]) -> bytes:
+    """How far its blocks reach from where they begin."""
+    return np.array([window["num_blocks"], *itertools.chain(*window["strides"])], np.int64).tobytes()
 
 
 def _open_process(window: dict[str, Any], layout: CacheLayout) -> OpenWindow:
@@ -167,7 +173,7 @@ def _open_process(window: dict[str, Any], layout: CacheLayout) -> OpenWindow:
     _check(type(pid) is int and 0 < pid < 1 << 31, "process")
     _check(type(table) is int and 0 <= table < 1 << 64, "table")
     _check(isinstance(nonce, bytes) and len(nonce) == _NONCE_BYTES, "nonce")
-    head = _TABLE_HEAD + nonce
+    head = _TABLE_HEAD + nonce + _geometry_of(window)
     read = torch.zeros(len(head) + 8 * len(layout.layers), dtype=torch.uint8)
     ends = [_extent(layer, layout.num_blocks) - 1 for layer in layout.layers]
     try:
@@ -182,7 +188,7 @@ def _open_process(window: dict[str, Any], layout: CacheLayout) -> OpenWindow:
     except KVError as error:
         raise WindowUnavailable(f"its memory cannot be read: {error}") from error
     if not same:
-        raise WindowUnavailable(f"process {pid} is another one here: it runs in another PID namespace")
+        raise WindowUnavailable(f"process {pid} has something else there: it runs in another PID namespace")
     return OpenWindow(layout, addresses, pid, lambda: None)
 
 
