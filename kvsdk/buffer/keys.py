@@ -103,7 +103,8 @@ def _no_pause() -> None:
 
 
 def as_tokens(tokens: Sequence[int], count: int, pause: Callable[[], None] = _no_pause) -> np.ndarray:
-    """The first `count` of a prompt's token ids as int32; `pause` is called every 16,384 (0.3 ms)."""
+    """The first `count` of a prompt's token ids as int32; `pause` is called every 16,384, which take 0.3 ms:
+    `python -m timeit -s "import numpy; t = list(range(16384)); a = numpy.empty(16384, 'i4')" "a[:] = t"`."""
     found = np.empty(count, np.int32)
     for start in range(0, count, _TOKENS_AT_ONCE):
         if start:

@@ -13,8 +13,7 @@ class Counters:
         self._lock = threading.Lock()
 
     def add(self, name: str, value: float = 1) -> None:
-        with self._lock:
-            self._values[name] = self._values.get(name, 0) + value
+        self.add_all(**{name: value})
 
     def add_all(self, **values: float) -> None:
         with self._lock:

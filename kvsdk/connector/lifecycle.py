@@ -125,7 +125,6 @@ class _Tracked:
     found_at: float | None = None
     load: LoadOrder | None = None
     aborted: bool = False
-    asked: int = 0  # times in a row that vLLM asked without allocating
     table: list[list[int]] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     running: bool = False
@@ -244,7 +243,7 @@ class SchedulerLifecycle:
         self._loads: dict[str, _Tracked] = {}  # by request id, also after an abort, until the workers reported
         self._loaded_pass = loaded_pass
         self._loaded: set[str] = set()  # requests whose load has ended, until vLLM schedules them or frees their blocks
-        self._without_room: set[str] = set()  # requests that vLLM was answered for and has not allocated for
+        self._without_room: set[str] = set()  # requests that vLLM was answered for and has not allocated for since
         self._num_steps = 0
         self._saves: dict[int, int] = {}  # save id -> workers that have not reported
         self._orders = Orders()
@@ -296,13 +295,13 @@ class SchedulerLifecycle:
         answer = self._match(tracked, num_local, resumed)
         if answer is None:
             return None, False
-        tracked.asked += 1
+        again = request_id in self._without_room
         self._without_room.add(request_id)
         if self.has_holds:
             block_size = self._context.cache.block_size
             needed = -(-tracked.num_tokens() // block_size) - num_local // block_size
             # Asked before, and not allocated: vLLM also reserves for others. Then every unread hold goes.
-            self._make_room(needed + self._growth() if tracked.asked == 1 else self._context.cache.num_blocks)
+            self._make_room(self._context.cache.num_blocks if again else needed + self._growth())
         return answer, answer > 0
 
     def _match(self, tracked: _Tracked, num_local: int, resumed: bool) -> int | None:
@@ -360,7 +359,6 @@ class SchedulerLifecycle:
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
-        tracked.asked = 0
         self._without_room.discard(request_id)
         tracked.table = [list(ids) for ids in blocks]
         if tracked.stage is not _Stage.FOUND:

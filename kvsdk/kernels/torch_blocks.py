@@ -218,9 +218,9 @@ class Puller:
         n = len(dst_ids)
         ids, positions, expected = (array[first : first + n] if array is not None else None for array in chosen)
         sums: list[np.ndarray] = []
+        which = ids.astype(np.uint64), dst_ids.astype(np.intp)
         with self._staging() as staging:
             for alike in self._alike:
-                which = ids.astype(np.uint64), dst_ids.astype(np.intp)
                 told = self._pull(staging, alike, *which, digested=positions is not None)
                 sums += list(told.reshape(-1, n))
         if positions is not None:
