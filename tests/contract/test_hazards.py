@@ -32,7 +32,7 @@ from kvsdk.connectors.pynccl.serving import Offers
 from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
 from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, TaskEnded
-from kvsdk.pipe import Pipe
+from kvsdk.pipe import Pipe, PipeHost
 
 __all__ = ["pair"]
 
@@ -476,6 +476,56 @@ def test_closing_with_many_producers_that_do_not_answer_takes_one_timeout(engine
     finally:
         for listener in silent:
             listener.close()
+
+
+def test_closing_ends_the_wait_for_a_producer_that_does_not_answer(engine):
+    d = engine("PyNcclConnector", role="kv_consumer", extra={"kv_port": free_port()})
+    silent = Channel(bind_ip="127.0.0.1")
+    try:
+        worker_half(d).load(_load(0, silent.address, seconds=30))
+        (fetcher,) = worker_half(d)._fetchers.values()
+        time.sleep(0.2)
+        d.close()
+        fetcher._thread.join(2)
+        assert not fetcher._thread.is_alive()
+    finally:
+        silent.close()
+
+
+@pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
+def test_closing_ends_the_wait_for_a_consumer_that_asked_for_a_pair_and_is_gone(engine, kind, no_thread_left):
+    """It was killed before it connected, so no connection ends; an earlier version waited for it for 20 s."""
+    p = engine("PyNcclConnector", role="kv_producer", extra={"kv_port": free_port(), "pipe": kind})
+    stranger = Channel(address=worker_half(p)._server.address)
+    try:
+        stranger.send("open", pipe=kind, timeout=20.0, chunk=1)
+        assert stranger.recv(time.monotonic() + 5)[0] == "invited"
+    finally:
+        stranger.close()
+    assert worker_half(p)._server.num_pairs == 1
+    p.close()
+
+
+def test_a_pair_that_is_asked_for_while_the_worker_closes_does_not_stay(engine, monkeypatch, no_thread_left):
+    p = engine("PyNcclConnector", role="kv_producer", extra={"kv_port": free_port(), "pipe": "gloo"})
+    server = worker_half(p)._server
+    preparing, closed, prepare = threading.Event(), threading.Event(), PipeHost.prepare
+
+    def late(self):
+        preparing.set()
+        assert closed.wait(10)
+        return prepare(self)
+
+    monkeypatch.setattr(PipeHost, "prepare", late)
+    stranger = Channel(address=server.address)
+    try:
+        stranger.send("open", pipe="gloo", timeout=20.0, chunk=1)
+        assert preparing.wait(5)
+        server.close(0.0)
+        closed.set()
+    finally:
+        stranger.close()
+    p.close()
 
 
 def _load(load_id, address, seconds):

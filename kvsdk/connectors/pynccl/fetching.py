@@ -338,10 +338,10 @@ class Fetcher:
         logger.info("paired with %s over %s in %.0f ms", self.address, kind, (time.monotonic() - began) * 1e3)
 
     def _open(self, kind: str, deadline: float) -> None:
-        opening = Channel(address=self.address)
+        opening = Channel(address=self.address, bell=self._bell)
         try:
             opening.send("open", pipe=kind, timeout=deadline - time.monotonic(), chunk=self._room)
-            answer, fields = opening.recv(deadline)
+            answer, fields = opening.recv(deadline, self._stop)
         finally:
             opening.close()
         if answer in ("refused", "unavailable"):

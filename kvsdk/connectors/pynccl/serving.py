@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -274,6 +275,42 @@ class Offers:
         return len(self._offers)
 
 
+@dataclasses.dataclass
+class _Pair:
+    """What the thread of one pair has, and may be waiting for.
+
+    Attributes:
+        channel: to the consumer.
+        host: of the pipe that is being made; not for a window.
+        bell: ends a wait for the channel; for a window.
+        pipe: once it is made.
+    """
+
+    channel: Channel
+    host: PipeHost | None = None
+    bell: Bell | None = None
+    pipe: Pipe | None = None
+
+    def interrupt(self) -> None:
+        """From any thread: end what the pair's thread is waiting for."""
+        if self.bell is not None:
+            self.bell.ring()
+        if self.host is not None:
+            self.host.close()
+        if self.pipe is not None:
+            self.pipe.abort()
+
+    def close(self) -> None:
+        """By the pair's thread."""
+        self.channel.close()
+        if self.host is not None:
+            self.host.close()
+        if self.pipe is not None:
+            self.pipe.close(time.monotonic() + 2.0)
+        if self.bell is not None:
+            self.bell.close()
+
+
 class WorkerServer:
     """Listens for other servers' workers and serves each in a thread of its own.
 
@@ -322,9 +359,7 @@ class WorkerServer:
         self.address = f"{bind_ip}:{port}"
         self._laid_open: dict[str, Any] | None = None
         self._stop = threading.Event()
-        self._pairs: dict[threading.Thread, PipeHost | None] = {}
-        self._pipes: set[Pipe] = set()
-        self._bells: set[Bell] = set()
+        self._pairs: dict[threading.Thread, _Pair] = {}
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._listen, name="kvsdk-worker-server", daemon=True)
         self._thread.start()
@@ -371,57 +406,59 @@ class WorkerServer:
             except WindowUnavailable as error:
                 return WORKER_WIRE.encode("unavailable", reason=str(error)[:1000])
             bell = Bell()
-            channel = Channel(bind_ip=self._bind_ip, bell=bell)
-            self._start(None, self._serve_window, channel, bell, timeout)
-            return WORKER_WIRE.encode("invited", invite=window, control=channel.address, chunk=1)
+            pair = _Pair(Channel(bind_ip=self._bind_ip, bell=bell), bell=bell)
+            self._start(pair, self._serve_window, News(bell), timeout)
+            return WORKER_WIRE.encode("invited", invite=window, control=pair.channel.address, chunk=1)
         chunk = min(self._chunk, fields["chunk"])
         host = self._make_host(fields["pipe"])
         try:
             invite = host.prepare()
         except WindowUnavailable as error:
             return WORKER_WIRE.encode("unavailable", reason=str(error)[:1000])
-        channel = Channel(bind_ip=self._bind_ip)
-        self._start(host, self._serve, host, invite, channel, chunk, timeout)
-        return WORKER_WIRE.encode("invited", invite=dict(invite), control=channel.address, chunk=chunk)
+        pair = _Pair(Channel(bind_ip=self._bind_ip), host=host)
+        self._start(pair, self._serve, host, invite, chunk, timeout)
+        return WORKER_WIRE.encode("invited", invite=dict(invite), control=pair.channel.address, chunk=chunk)
 
-    def _start(self, host: PipeHost | None, target: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=target, args=args, name="kvsdk-pair", daemon=True)
+    def _start(self, pair: _Pair, serve: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=self._run_pair, args=(pair, serve, *args), name="kvsdk-pair", daemon=True)
         with self._lock:
-            self._pairs[thread] = host
+            self._pairs[thread] = pair
         thread.start()
+
+    def _run_pair(self, pair: _Pair, serve: Callable[..., None], *args: Any) -> None:
+        try:
+            with _ends_of_pairs(self._stop):
+                # `close` may have come before this pair was in its list.
+                if not self._stop.is_set():
+                    serve(pair, *args)
+        finally:
+            pair.close()
+            with self._lock:
+                del self._pairs[threading.current_thread()]
 
     def _window(self) -> dict[str, Any]:
         if self._laid_open is None:
             self._laid_open = lay_open(self._store.layout, self._store.addresses, self._store.device)
         return self._laid_open
 
-    def _serve_window(self, channel: Channel, bell: Bell, timeout: float) -> None:
-        news = News(bell)
-        try:
-            with self._lock:
-                self._bells.add(bell)
-            with _ends_of_pairs(self._stop), self._offers.told(news):
-                if channel.recv(time.monotonic() + timeout)[0] != "opened":
-                    return
-                logger.info("a consumer reads this worker's memory in place")
-                while not self._stop.is_set():
-                    news.tell(channel)
-                    if channel.poll(0.5):
-                        kind, fields = channel.recv(time.monotonic() + 1.0)
-                        if kind == "bye":
-                            return
-                        if kind == "read":
-                            self._tell(channel, news, fields)
-                        elif kind == "took":
-                            self._took(fields)
-                        else:
-                            raise ProtocolError(f"{kind} on a pair's channel")
-        finally:
-            channel.close()
-            with self._lock:
-                self._bells.discard(bell)
-                del self._pairs[threading.current_thread()]
-            bell.close()
+    def _serve_window(self, pair: _Pair, news: News, timeout: float) -> None:
+        channel = pair.channel
+        with self._offers.told(news):
+            if channel.recv(time.monotonic() + timeout, self._stop)[0] != "opened":
+                return
+            logger.info("a consumer reads this worker's memory in place")
+            while not self._stop.is_set():
+                news.tell(channel)
+                if channel.poll(0.5):
+                    kind, fields = channel.recv(time.monotonic() + 1.0)
+                    if kind == "bye":
+                        return
+                    if kind == "read":
+                        self._tell(channel, news, fields)
+                    elif kind == "took":
+                        self._took(fields)
+                    else:
+                        raise ProtocolError(f"{kind} on a pair's channel")
 
     def _took(self, fields: dict[str, Any]) -> None:
         if not 0 < fields["count"] <= self._store.layout.num_blocks:
@@ -460,25 +497,19 @@ class WorkerServer:
         elif kind == "confirm":
             channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
 
-    def _serve(self, host: PipeHost, invite: dict[str, Any], channel: Channel, chunk: int, timeout: float) -> None:
-        pipe: Pipe | None = None
-        try:
-            with _ends_of_pairs(self._stop):
-                pipe = host.accept(invite, time.monotonic() + timeout, functools.partial(_check_wanted, channel))
-                with self._lock:
-                    self._pipes.add(pipe)
-                logger.info("paired with a consumer over %s", pipe.kind)
-                with self._streams.own():
-                    self._answer_reads(pipe, channel, chunk)
-        finally:
-            channel.close()
-            host.close()
-            if pipe is not None:
-                with self._lock:
-                    self._pipes.discard(pipe)
-                pipe.close(time.monotonic() + 2.0)
-            with self._lock:
-                del self._pairs[threading.current_thread()]
+    def _serve(self, pair: _Pair, host: PipeHost, invite: dict[str, Any], chunk: int, timeout: float) -> None:
+        wanted = functools.partial(self._check_wanted, pair.channel)
+        pair.pipe = pipe = host.accept(invite, time.monotonic() + timeout, wanted)
+        logger.info("paired with a consumer over %s", pipe.kind)
+        with self._streams.own():
+            self._answer_reads(pipe, pair.channel, chunk)
+
+    def _check_wanted(self, channel: Channel) -> None:
+        """Ends the wait for a consumer that has given a pair up which is being made, or when this worker closes."""
+        if self._stop.is_set():
+            raise PipeClosed("this side closes")
+        if channel.poll(0) and channel.recv(time.monotonic() + 1.0)[0] == "bye":
+            raise PeerGone("it gave the pair up before it was made")
 
     def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
         while not self._stop.is_set():
@@ -501,23 +532,11 @@ class WorkerServer:
         self._stop.set()
         deadline = time.monotonic() + timeout
         with self._lock:
-            pipes, hosts, threads = list(self._pipes), list(self._pairs.values()), [self._thread, *self._pairs]
-            bells = list(self._bells)
-        for bell in bells:
-            bell.ring()
-        for pipe in pipes:
-            pipe.abort()
-        for host in hosts:
-            if host is not None:
-                host.close()
+            pairs, threads = list(self._pairs.values()), [self._thread, *self._pairs]
+        for pair in pairs:
+            pair.interrupt()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _check_wanted(channel: Channel) -> None:
-    """Raises PeerGone once the consumer has given a pair up that is being made."""
-    if channel.poll(0) and channel.recv(time.monotonic() + 1.0)[0] == "bye":
-        raise PeerGone("it gave the pair up before it was made")
 
 
 @contextlib.contextmanager
