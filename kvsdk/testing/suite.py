@@ -24,7 +24,9 @@ connectors that have their own.
 within a minor release. A new required test is first an optional one for one minor release, and the changelog names it.
 
 Tests that fail print the history that led there as a test that can be pasted. A seed decides about prompts and
-histories; it is printed, and with the environment variable `KVSDK_SEED` set to it a run repeats.
+histories; it is printed, and with the environment variable `KVSDK_SEED` set to it a run repeats. Each run takes new
+seeds, but for one that Hypothesis takes for continuous integration (the environment variable `CI`): a change is judged
+there by the same histories each time.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ import os
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import settings
 
 from kvsdk.testing.capabilities import Capabilities
 from kvsdk.testing.world import BOTH, ENGINE, HANDOVER, STEP_SECONDS, Prompt, Subject, World
@@ -52,9 +56,18 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 @pytest.fixture
-def seed() -> int:
-    """Decides about prompts and histories. The environment variable `KVSDK_SEED` sets it."""
-    value = int(os.environ.get("KVSDK_SEED") or random.randrange(1 << 31))
+def seed(request: pytest.FixtureRequest) -> int:
+    """Decides about prompts and histories.
+
+    The environment variable `KVSDK_SEED` sets it. Otherwise it is a new one each time, or one of the test's own that
+    does not change where Hypothesis has `derandomize` set, as on CI.
+    """
+    if given := os.environ.get("KVSDK_SEED"):
+        value = int(given)
+    elif settings.default.derandomize:
+        value = zlib.crc32(f"{request.module.__name__}.{request.node.name}".encode()) >> 1
+    else:
+        value = random.randrange(1 << 31)
     print(f"KVSDK_SEED={value}")
     return value
 

@@ -2,8 +2,10 @@
 
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 from kvsdk.connector import Connector
 from kvsdk.errors import ConfigError
@@ -113,6 +115,27 @@ def test_of_a_connector_in_a_tests_hands_everything_is_tested():
     suite.BaseDeclared().test_what_is_declared_is_tested(Subject(HandOverConnector, IN_PROCESS_HANDOVER))
 
 
-def test_a_seed_can_be_given(monkeypatch):
+def seed_of(request):
+    return suite.seed.__wrapped__(request)
+
+
+def test_a_seed_can_be_given(request, monkeypatch):
     monkeypatch.setenv("KVSDK_SEED", "77")
-    assert suite.seed.__wrapped__() == 77
+    assert seed_of(request) == 77
+
+
+@pytest.mark.parametrize("derandomize", [False, True])
+def test_seeds_are_new_each_time_but_on_ci_where_each_test_keeps_its_own(request, monkeypatch, derandomize):
+    monkeypatch.delenv("KVSDK_SEED", raising=False)
+    other = SimpleNamespace(module=request.module, node=SimpleNamespace(name="another test"))
+    default = settings.default
+    settings.register_profile("seeds", derandomize=derandomize)
+    settings.load_profile("seeds")
+    try:
+        seeds = {seed_of(request) for _ in range(5)}
+        assert len(seeds) == (1 if derandomize else 5)
+        assert seed_of(other) not in seeds
+        assert max(seeds) < 1 << 31
+    finally:
+        settings.register_profile("default before", default)
+        settings.load_profile("default before")
