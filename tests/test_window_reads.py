@@ -139,6 +139,31 @@ def test_an_offer_that_is_digested_piece_by_piece_is_put_together(pair, sent, mo
     assert "read" not in sent
 
 
+def test_what_was_told_and_not_yet_heard_is_heard_before_a_read(pair, sent, monkeypatch):
+    """Or an offer that is told of in parts would be read in as many."""
+    monkeypatch.setitem(serving.DIGEST_BYTES, "cpu", 5 * pair.source.layout().block_bytes)
+    pulled, pull, note = [], pair.fetcher._store.pull, pair.fetcher._note
+
+    def hear_no_more(kind, fields):
+        note(kind, fields)
+        monkeypatch.setattr(pair.fetcher, "_idle", pair.fetcher._bell.wait)
+
+    def noted(chosen, dst_ids, **more):
+        pulled.append(len(dst_ids))
+        pull(chosen, dst_ids, **more)
+
+    monkeypatch.setattr(pair.fetcher, "_note", hear_no_more)
+    monkeypatch.setattr(pair.fetcher._store, "pull", noted)
+    pair.keep("x")
+    deadline = time.monotonic() + 5
+    while sent.count("digested") < 3 or pair.fetcher._known.get("x", 4) is None:
+        assert time.monotonic() < deadline, sent
+    assert not pair.knows("x")
+    assert pair.load("x").state is TaskState.DONE
+    pair.same()
+    assert pulled == [BLOCKS]
+
+
 def test_what_was_told_of_an_offer_that_is_over_gives_no_wrong_block(pair):
     pair.keep("x")
     pair.told("x")

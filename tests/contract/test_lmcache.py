@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -543,6 +544,48 @@ def test_host_memory_for_a_gpu_is_pinned_in_one_piece_and_let_go(monkeypatch):
     memory.close()
     memory.close()
     assert calls == [(first, 3000, 0), (first,)]
+
+
+def test_host_memory_that_a_device_which_has_failed_does_not_let_go_stays(monkeypatch, caplog):
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda *arguments: 0)
+        cudaHostUnregister = staticmethod(lambda *arguments: 719)
+
+    def check(result):
+        if result:
+            raise RuntimeError(f"CUDA error {result}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    HostMemory(1000, 3, pinned=True).close()
+    assert "stays pinned until this process ends: CUDA error 719" in caplog.text
+
+
+def test_host_memory_is_not_let_go_while_a_thread_may_copy_to_it(server, monkeypatch, caplog):
+    one = world(server, ("kv_both", "kv_both"), lookup_timeout=5.0)
+    closed, copying, go_on = [], threading.Event(), threading.Event()
+    loader = half_of(one, 1)._loader
+    monkeypatch.setattr(HostMemory, "close", lambda memory: closed.append(memory))
+
+    def stuck(*arguments):
+        copying.set()
+        assert go_on.wait(30)
+        return 0
+
+    monkeypatch.setattr(loader, "_load_chunk", stuck)
+    prompt = Prompt(40, 3)
+    with one:
+        store(one, prompt)
+        try:
+            one.add(1, prompt, 2)
+            while not copying.is_set():
+                one.step(0)
+                one.step(1)
+            half_of(one, 1).close()
+            assert closed == []
+            assert "the thread that loads chunks has not ended in time" in caplog.text
+        finally:
+            go_on.set()
 
 
 def test_host_memory_that_cannot_be_had_ends_the_start_by_name():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 import torch
 
 from kvsdk.errors import ConfigError
+
+logger = logging.getLogger("kvsdk.lmcache")
 
 
 class HostMemory:
@@ -70,5 +73,9 @@ class HostMemory:
     def close(self) -> None:
         """Nothing is copied to or from it any more. Twice is fine."""
         pinned, self._pinned = self._pinned, False
-        if pinned:
+        if not pinned:
+            return
+        try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+        except RuntimeError as error:  # of a device that has failed
+            logger.error("the host memory for chunks stays pinned until this process ends: %s", error)

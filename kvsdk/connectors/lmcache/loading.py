@@ -114,9 +114,11 @@ class Loader:
             self._store.scatter(ids, staging)
             torch.cuda.current_stream().synchronize()
 
-    def close(self, deadline: float) -> None:
-        """End the thread, with what it does now; bounded by `deadline`, twice is fine."""
+    def close(self, deadline: float) -> bool:
+        """End the thread, with what it does now; false if it has not ended by `deadline`. Twice is fine."""
         self._tasks.put(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        ended = not self._thread.is_alive()
+        if not ended:
             logger.warning("the thread that loads chunks has not ended in time")
+        return ended

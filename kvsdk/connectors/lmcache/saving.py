@@ -294,13 +294,15 @@ class Saver:
         self._memory.give_back(buffer)
         self._count(chunks=-1)
 
-    def close(self, deadline: float) -> None:
-        """End the thread, with what it does now; bounded by `deadline`, twice is fine."""
+    def close(self, deadline: float) -> bool:
+        """End the thread, with what it does now; false if it has not ended by `deadline`. Twice is fine."""
         self._stop.set()
         self._tasks.put(None)
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        ended = not self._thread.is_alive()
+        if not ended:
             logger.warning("the thread that saves chunks has not ended in time")
+        return ended
 
 
 class _Store(Job):

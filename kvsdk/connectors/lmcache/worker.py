@@ -187,8 +187,10 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         deadline = time.monotonic() + 0.2 * self.context.options.close_timeout
         if self._server is not None:
             self._server.close(deadline)
-        for part in (self._lookups, *self._pools, self._saver, self._loader):
+        for part in (self._lookups, *self._pools):
             if part is not None:
                 part.close(deadline)
-        for memory in self._memories:
-            memory.close()
+        ended = [part.close(deadline) for part in (self._saver, self._loader) if part is not None]
+        if all(ended):  # or a copy between the memory and the device may be under way
+            for memory in self._memories:
+                memory.close()

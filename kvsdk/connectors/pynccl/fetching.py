@@ -366,7 +366,7 @@ class Fetcher:
         first, count = task.first_block + read.received, read.total - read.received
         # What is known is read without a word or a look at the channel: in small loads every microsecond shows.
         known = self._known.get(source.transfer_id, first)
-        if known is None:
+        if known is None or known.count < first + count:
             self._connect_if_needed(task.deadline)
             known = self._known.get(source.transfer_id, first)
         assert self._channel is not None
@@ -493,27 +493,35 @@ class Fetcher:
         if count > len(self._wrong_bytes):
             self._wrong = self._store.new_wrong(2 * count)
             self._wrong_bytes = self._wrong.numpy()
-        block_ids, at_once = task.order.blocks[0][start : start + count], count
-        if self._writers is not None:
+        block_ids = task.order.blocks[0][start : start + count]
+        if self._writers is None:
+            self._pull_on_gpu(task, chosen, first, block_ids)
+        else:
             at_once = max(1, AT_ONCE_BYTES // self._store.staging_bytes(1))
-        for at in range(0, count, at_once):
-            if self._stop.is_set():
-                raise KVError("the worker closes")
-            with task.using():
-                if self._stream is not None and task.fence is not None:
-                    self._stream.wait_event(task.fence)
-                try:
+            for at in range(0, count, at_once):
+                if self._stop.is_set():
+                    raise KVError("the worker closes")
+                with task.using():
                     self._pull_by_two(block_ids, chosen, first, slice(at, min(at + at_once, count)))
-                finally:
-                    # Also where only half of it could be launched: the task's blocks are its own no longer than this.
-                    if self._stream is not None:
-                        self._stream.synchronize()
         return self._wrong_bytes[:count].nonzero()[0] if self._verify else np.empty(0, np.int64)
 
+    def _pull_on_gpu(self, task: LoadTask, chosen: PeerBlocks, first: int, block_ids: np.ndarray) -> None:
+        """Copy these blocks by one kernel."""
+        assert self._stream is not None
+        with task.using():
+            if task.fence is not None:
+                self._stream.wait_event(task.fence)
+            try:
+                self._store.pull(chosen, block_ids, first=first, wrong=self._wrong if self._verify else None)
+            finally:
+                # Also where only half of it could be launched: the task's blocks are its own no longer than this.
+                self._stream.synchronize()
+
     def _pull_by_two(self, block_ids: np.ndarray, chosen: PeerBlocks, first: int, part: slice) -> None:
-        """Copy a part of these blocks; on a CPU, where that is worth while, by two threads."""
+        """Copy a part of these blocks; where that is worth while, by two threads."""
+        assert self._writers is not None
         count = part.stop - part.start
-        if self._writers is None or READERS < 2 or count < 2 or self._store.staging_bytes(count) < HALVED_BYTES:
+        if READERS < 2 or count < 2 or self._store.staging_bytes(count) < HALVED_BYTES:
             self._pull_part(block_ids, chosen, first, part)
             return
         half = part.start + count // 2
@@ -633,7 +641,10 @@ class Fetcher:
         if pipe is not None:
             pipe.close(time.monotonic() + 2.0)
         if window is not None:
-            window.close()
+            try:
+                window.close()
+            except (KVError, RuntimeError) as error:  # of a device that has failed
+                logger.error("the memory of %s cannot be unmapped: %s", self.address, error)
 
     def stop(self) -> None:
         """Begin to close, without waiting: what runs and what is queued fails."""
