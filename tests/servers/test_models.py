@@ -21,8 +21,8 @@ MLA_BLOCK = 16
 def pair(fleet, name: str, **more) -> tuple[Server, Server]:
     """A prefill and a decode server that have met."""
     port = free_port()
-    # Ranks of a server on CPUs spin while they wait for each other: signs of life may come late.
-    patient = consumer(port, kv_connector_extra_config={"heartbeat": 10.0})
+    # Ranks of a server on CPUs spin while they wait for each other: answers and signs of life may come late.
+    patient = consumer(port, kv_connector_extra_config={"heartbeat": 10.0, "lookup_timeout": 15.0})
     prefill = fleet.vllm(f"{name}-prefill", producer(port), **more)
     decode = fleet.vllm(f"{name}-decode", patient, **more)
     fleet.wait()
