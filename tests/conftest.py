@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +28,9 @@ def tiny_deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_thread_left() -> Iterator[None]:
     """Fails the test when a thread that it started is still alive two seconds after it ended."""
+    from kvsdk.testing.engine_process import threads_left
+
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 2
-    while left := [thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()]:
-        assert time.monotonic() < deadline, f"threads left behind: {left}"
-        time.sleep(0.01)
+    left = threads_left(before, 2.0)
+    assert not left, f"threads left behind: {left}"

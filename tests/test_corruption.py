@@ -153,8 +153,8 @@ class SpoilingWorker(PyNcclWorker):
 
     spoil = None
 
-    def join(self, invite, bind_ip, deadline):
-        pipe = super().join(invite, bind_ip, deadline)
+    def join(self, invite, bind_ip, deadline, wanted):
+        pipe = super().join(invite, bind_ip, deadline, wanted)
         receive = pipe.recv_row
 
         def recv_row(sizes, drain, deadline):

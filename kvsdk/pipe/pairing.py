@@ -138,13 +138,13 @@ class PipeHost:
             raise PipeClosed("the pipe host is closed")
         return PipeInvite(version=PIPE_VERSION, kind=self._kind, pair=pair, **listener.fields)
 
-    def accept(self, invite: PipeInvite, deadline: float, wanted: Callable[[], None] | None = None) -> Pipe:
+    def accept(self, invite: PipeInvite, deadline: float, wanted: Callable[[], None] = lambda: None) -> Pipe:
         """Waits for the peer to join and connects to it, both ways. The invite is used up, whatever happens.
 
         Args:
             invite: from `prepare`.
             deadline: absolute, in seconds of `time.monotonic()`.
-            wanted: called again and again while nobody has joined; what it raises ends the wait and comes out of here.
+            wanted: called again and again until the pair is made; what it raises ends the wait and comes out of here.
 
         Returns:
             The producer's end.
@@ -159,14 +159,13 @@ class PipeHost:
             while not self._listener(pair).joined():
                 if time.monotonic() >= deadline:
                     raise DeadlineExceeded("no peer joined by the deadline")
-                if wanted is not None:
-                    wanted()
+                wanted()
                 time.sleep(_POLL)
             listener = self._listener(pair)
             with self._lock:
                 self._listeners.pop(pair, None)
             try:
-                return listener.connect(deadline)
+                return listener.connect(deadline, wanted)
             finally:
                 listener.close()
         finally:
@@ -203,6 +202,7 @@ def join(
     *,
     num_slots: int = SLOTS,
     slot_bytes: int = SLOT_BYTES,
+    wanted: Callable[[], None] = lambda: None,
 ) -> Pipe:
     """Connects to the producer that made an invite: the consumer's end.
 
@@ -214,6 +214,7 @@ def join(
         deadline: absolute, in seconds of `time.monotonic()`.
         num_slots: of the pipe, see `Pipe`.
         slot_bytes: likewise.
+        wanted: called again and again until the pair is made; what it raises ends the wait and comes out of here.
 
     Raises:
         ProtocolError: the invite is malformed.
@@ -229,8 +230,8 @@ def join(
     if time.monotonic() >= deadline:
         raise DeadlineExceeded("the deadline had passed before the call")
     if invite["kind"] == "shm":
-        return join_shm(invite, num_slots, slot_bytes, deadline)
-    return join_torch(invite, device, bind_ip, num_slots, slot_bytes, deadline)
+        return join_shm(invite, num_slots, slot_bytes, deadline, wanted)
+    return join_torch(invite, device, bind_ip, num_slots, slot_bytes, deadline, wanted)
 
 
 def _check_invite(invite: Any, device_type: str) -> None:

@@ -19,12 +19,13 @@ import fcntl
 import logging
 import mmap
 import os
+import select
 import socket
 import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ logger = logging.getLogger("kvsdk.pipe")
 MAX_SLOTS = 64
 _MAX_SLOT_BYTES = 1 << 40
 _HELLO = b"kvsdk shm pipe 1"
+_SLICE_MS = 50  # between two looks at whether a pair that is being made is still wanted
 # Before each row and tensor, from both ends: magic, number, messages, their bytes, a checksum of their sizes; and the
 # sender's ring: its slots, and the bytes from one to the next. The ring's memory comes with the first header.
 _HEADER = struct.Struct("<QQQQIIQ")
@@ -345,7 +347,7 @@ class ShmListener:
         self._connection = connection
         return True
 
-    def connect(self, deadline: float) -> Pipe:
+    def connect(self, deadline: float, wanted: Callable[[], None]) -> Pipe:
         """The producer's end; see `PipeHost.accept`."""
         out, self._connection = self._connection, None
         memory, self._memory = self._memory, None
@@ -356,7 +358,7 @@ class ShmListener:
         with theirs, _set_up(pipe):
             _limit(out, deadline)
             socket.send_fds(out, [_HELLO], [theirs.fileno()])
-            _hear_hello(out, deadline)
+            _hear_hello(out, deadline, wanted)
             pipe._own_ring()  # takes a while, in which the consumer prepares its first read
         return pipe
 
@@ -371,7 +373,9 @@ class ShmListener:
             os.close(memory)
 
 
-def join_shm(invite: Mapping[str, Any], num_slots: int, slot_bytes: int, deadline: float) -> Pipe:
+def join_shm(
+    invite: Mapping[str, Any], num_slots: int, slot_bytes: int, deadline: float, wanted: Callable[[], None]
+) -> Pipe:
     """The consumer's end of a pair; see `kvsdk.pipe.join`, which has checked the invite's types."""
     if invite["host"] != this_host():
         raise WindowUnavailable("it is on another host")
@@ -381,7 +385,7 @@ def join_shm(invite: Mapping[str, Any], num_slots: int, slot_bytes: int, deadlin
         into.connect(_address(invite["pair"]))
         if _user(into) != os.geteuid():
             raise WindowUnavailable("it runs as another user")
-        _hear_hello(into, deadline, fds)
+        _hear_hello(into, deadline, wanted, fds)
         if len(fds) != 1:
             raise ProtocolError(f"the peer handed {len(fds)} sockets over, not one")
         out = socket.socket(fileno=fds.pop())
@@ -427,7 +431,14 @@ def _user(connection: socket.socket) -> int:
     return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
 
 
-def _hear_hello(connection: socket.socket, deadline: float, fds: list[int] | None = None) -> None:
+def _hear_hello(
+    connection: socket.socket, deadline: float, wanted: Callable[[], None], fds: list[int] | None = None
+) -> None:
+    heard = select.poll()
+    heard.register(connection, select.POLLIN)
+    while not heard.poll(_SLICE_MS):
+        wanted()
+        _limit(connection, deadline)
     if _read(connection, len(_HELLO), deadline, fds) != _HELLO:
         raise ProtocolError("the peer's first message is not of this protocol")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any
 
@@ -47,7 +48,9 @@ _EVENT_LIMIT = 0.5
 _ABORT_LIMIT = 2.0
 _STORE_POLL = 0.005
 _STORE_ATTEMPT = timedelta(seconds=1)
-# Gloo's own rendezvous, which takes a fraction of a second, cannot be interrupted; it ends by then.
+_SLICE = 0.05  # seconds between two looks at whether a pair that is being made is still wanted
+# Gloo's own rendezvous takes a fraction of a second and cannot be interrupted. It waits so long for the peer's word,
+# and five times as long for its connection (2.0 s were seen with 0.4, 5.0 with 1), in a thread that nobody waits for.
 _RENDEZVOUS_LIMIT = timedelta(seconds=5)
 
 
@@ -112,10 +115,10 @@ class TorchListener:
         """Whether the peer is there. Raises PipeClosed after `close`."""
         return self._open_store().check([_joined_key(self._pair)])
 
-    def connect(self, deadline: float) -> Pipe:
+    def connect(self, deadline: float, wanted: Callable[[], None]) -> Pipe:
         """The producer's end; see `PipeHost.accept`."""
         invite = {"kind": self._kind, "pair": self._pair, "max_ctas": self._max_ctas}
-        return _connect(self._open_store(), _PRODUCER, invite, self._device, self._ip, self._slots, deadline)
+        return _connect(self._open_store(), _PRODUCER, invite, self._device, self._ip, self._slots, deadline, wanted)
 
     def close(self) -> None:
         # By name, since the traceback of an error may keep this object, and the store would go on listening.
@@ -135,6 +138,7 @@ def join_torch(
     num_slots: int,
     slot_bytes: int,
     deadline: float,
+    wanted: Callable[[], None],
 ) -> Pipe:
     """The consumer's end of a pair over gloo or NCCL; see `kvsdk.pipe.join`, which has checked the invite's types."""
     _probe(invite["host"], invite["port"], deadline)
@@ -154,8 +158,8 @@ def join_torch(
             store.set(_joined_key(invite["pair"]), b"1")
             return store
 
-    store = _within(deadline, "connecting to the peer's store", connect_store)
-    return _connect(store, _CONSUMER, invite, device, bind_ip, (num_slots, slot_bytes), deadline)
+    store = _within(deadline, wanted, "connecting to the peer's store", connect_store)
+    return _connect(store, _CONSUMER, invite, device, bind_ip, (num_slots, slot_bytes), deadline, wanted)
 
 
 class TorchPipe(Pipe):
@@ -353,7 +357,9 @@ class NcclPipe(TorchPipe):
         self._lent: collections.deque[torch.Tensor] = collections.deque()  # NCCL may touch them
         self._watcher = threading.Thread(target=self._watch, name=f"kvsdk-pipe-watch-{pair_name}", daemon=True)
 
-    def _connect_nccl(self, store: dist.Store, max_ctas: int, deadline: float) -> None:
+    def _connect_nccl(
+        self, store: dist.Store, max_ctas: int, deadline: float, still_wanted: Callable[[], None]
+    ) -> None:
         """Makes the communicator, eagerly, and sends one tensor each way.
 
         Raises:
@@ -382,12 +388,16 @@ class NcclPipe(TorchPipe):
                 self._meet([token.numel()], sender, deadline)
                 self._carry(token, sender, deadline)
 
+        def wanted() -> None:
+            still_wanted()
+            self._raise_if_broken()  # the peer was lost meanwhile
+
         # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline,
         # also when the first operation in a direction connects it.
         self._meet([], _PRODUCER, deadline)
         try:
-            _within(deadline, "making the NCCL communicator", connect)
-            _within(deadline, "the first tensor over NCCL", warm_up)
+            _within(deadline, wanted, "making the NCCL communicator", connect)
+            _within(deadline, wanted, "the first tensor over NCCL", warm_up)
         except KVError as error:
             raise self._fail(error) from error
 
@@ -515,6 +525,7 @@ def _connect(
     bind_ip: str,
     slots: tuple[int, int],
     deadline: float,
+    wanted: Callable[[], None],
 ) -> Pipe:
     """Makes this end of a pair once both ends are at the store."""
     pair_store = dist.PrefixStore(invite["pair"], store)
@@ -527,13 +538,13 @@ def _connect(
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_ip, lazy_init=False)]
         return dist.ProcessGroupGloo(dist.PrefixStore("gloo", pair_store), rank, 2, options)
 
-    group = _within(deadline, "connecting to the peer", make_group)
+    group = _within(deadline, wanted, "connecting to the peer", make_group)
     nccl = invite["kind"] == "nccl"
     pipe = NcclPipe(group, rank, *slots, device, invite["pair"][:8]) if nccl else TorchPipe(group, rank, *slots)
     try:
-        pipe._hello(deadline)
+        _within(deadline, wanted, "the peer's first message", functools.partial(pipe._hello, deadline))
         if isinstance(pipe, NcclPipe):
-            pipe._connect_nccl(dist.PrefixStore("nccl", pair_store), invite["max_ctas"], deadline)
+            pipe._connect_nccl(dist.PrefixStore("nccl", pair_store), invite["max_ctas"], deadline, wanted)
     except BaseException:
         pipe.close(time.monotonic() + _ABORT_LIMIT)
         raise
@@ -571,10 +582,13 @@ def _remaining(deadline: float) -> timedelta:
     return timedelta(milliseconds=max(1, math.ceil((deadline - time.monotonic()) * 1000)))
 
 
-def _within(deadline: float, what: str, make: Callable[[], Any]) -> Any:
+def _within(deadline: float, wanted: Callable[[], None], what: str, make: Callable[[], Any]) -> Any:
     """Runs a call of PyTorch's that can outlast its own timeout, and gives up on it at the deadline.
 
     The thread of a call that was given up on ends when PyTorch's own timeout does; what it made is dropped.
+
+    Args:
+        wanted: called again and again meanwhile; what it raises comes out of here.
 
     Raises:
         DeadlineExceeded: the call had not ended by the deadline.
@@ -590,11 +604,13 @@ def _within(deadline: float, what: str, make: Callable[[], Any]) -> Any:
             future.set_exception(error)
 
     threading.Thread(target=run, name="kvsdk-pipe-connect", daemon=True).start()
+    while not wait([future], max(0.0, min(_SLICE, deadline - time.monotonic()))).done:
+        wanted()
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded(f"{what} had not ended by the deadline")
     try:
-        return future.result(max(0.0, deadline - time.monotonic()))
+        return future.result(0)
     except RuntimeError as error:
         if time.monotonic() < deadline and not _says_timeout(error):
             raise PeerGone(f"{what} failed: {error}") from error
         raise DeadlineExceeded(f"{what} had not ended by the deadline") from error
-    except TimeoutError:
-        raise DeadlineExceeded(f"{what} had not ended by the deadline") from None

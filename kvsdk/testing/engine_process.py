@@ -139,6 +139,7 @@ class EngineProcess:
         try:
             self._connection.send((name, args, more))
             if not self._connection.poll(ANSWER_TIMEOUT):
+                self.kill()  # or its answer would be taken for that of the next call
                 raise EngineFailed(f"the engine's process has not answered for {ANSWER_TIMEOUT} s")
             failed, answer, seen = self._connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -146,6 +147,9 @@ class EngineProcess:
             status = self._process.exitcode
             self.kill()
             raise EngineFailed(f"the engine's process died with {status}") from error
+        except KeyboardInterrupt:
+            self.kill()
+            raise
         self._seen = seen or self._seen
         if failed:
             message, where = answer
@@ -153,6 +157,21 @@ class EngineProcess:
             raised.add_note(f"in the engine's process:\n{where}")
             raise raised
         return answer
+
+
+def threads_left(before: set[threading.Thread], timeout: float) -> list[str]:
+    """The names of threads that began since and are there still after so many seconds.
+
+    A pause of the whole machine counts for no more than one turn of this loop: the threads had no time either.
+    """
+    waited, at = 0.0, time.monotonic()
+    while left := [one.name for one in set(threading.enumerate()) - before if one.is_alive()]:
+        if waited >= timeout:
+            break
+        time.sleep(0.01)
+        now = time.monotonic()
+        waited, at = waited + min(now - at, 0.05), now
+    return left
 
 
 _idle: list[tuple[multiprocessing.process.BaseProcess, multiprocessing.connection.Connection]] = []
@@ -201,10 +220,8 @@ class _Server:
 
     def close(self, timeout: float) -> None:
         self.engine.close()
-        deadline = time.monotonic() + timeout
-        while left := [one.name for one in set(threading.enumerate()) - self._threads if one.is_alive()]:
-            assert time.monotonic() < deadline, f"threads are left: {left}"
-            time.sleep(0.01)
+        left = threads_left(self._threads, timeout)
+        assert not left, f"threads are left: {left}"
 
     def carry_out(self, name: str, args: tuple[Any, ...], more: dict[str, Any]) -> Any:
         operation = getattr(self, name, None) or getattr(self.engine, name)

@@ -346,7 +346,7 @@ class FaultyPipeHost:
     def prepare(self) -> PipeInvite:
         return self._host.prepare()
 
-    def accept(self, invite: PipeInvite, deadline: float, wanted: Callable[[], None] | None = None) -> Pipe:
+    def accept(self, invite: PipeInvite, deadline: float, wanted: Callable[[], None] = lambda: None) -> Pipe:
         return FaultyPipe(self._host.accept(invite, deadline, wanted), self._plan, self._name)
 
     def discard(self, invite: PipeInvite) -> None:
@@ -695,8 +695,8 @@ class _FaultyPairs:
     def make_host(self, kind: str) -> FaultyPipeHost:
         return FaultyPipeHost(super().make_host(kind), self.fault_plan)
 
-    def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
-        return FaultyPipe(super().join(invite, bind_ip, deadline), self.fault_plan)
+    def join(self, invite: dict[str, Any], bind_ip: str, deadline: float, wanted: Callable[[], None]) -> Pipe:
+        return FaultyPipe(super().join(invite, bind_ip, deadline, wanted), self.fault_plan)
 
 
 def with_faults(

@@ -416,12 +416,14 @@ class BoundConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         lifecycle = self._scheduler or self._worker
-        if lifecycle is not None:
-            lifecycle.close()
-        if self._scheduler is not None:
-            self._keys_pool.shutdown(wait=False, cancel_futures=True)
-            if self._alarm is not None:
-                self._alarm.close()
+        try:
+            if lifecycle is not None:
+                lifecycle.close()
+        finally:
+            if self._scheduler is not None:
+                self._keys_pool.shutdown(wait=False, cancel_futures=True)
+                if self._alarm is not None:
+                    self._alarm.close()
 
     @property
     def requires_kv_delivery(self) -> bool:

@@ -31,7 +31,7 @@ from kvsdk.connectors.pynccl.protocol import Source
 from kvsdk.connectors.pynccl.serving import Offers
 from kvsdk.connectors.pynccl.worker import PyNcclWorker
 from kvsdk.demo.servers import free_port
-from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, TaskEnded
+from kvsdk.errors import ConfigError, DeadlineExceeded, KVError, PeerGone, ProtocolError, TaskEnded
 from kvsdk.pipe import Pipe, PipeHost
 
 __all__ = ["pair"]
@@ -556,6 +556,53 @@ def test_a_peer_that_falls_silent_without_a_word_is_noticed():
         child.kill()
         child.wait()
         ours.close()
+
+
+@pytest.fixture
+def channels():
+    ours = Channel(bind_ip="127.0.0.1")
+    theirs = Channel(address=ours.address)
+    yield ours, theirs
+    theirs.close()
+    ours.close()
+
+
+def checked(channel, until):
+    deadline = time.monotonic() + 5
+    while not until():
+        channel.check_peer()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_what_a_peer_says_while_its_pair_is_made_is_not_lost(channels):
+    ours, theirs = channels
+    for read_id in range(3):
+        theirs.send("stop", read_id=read_id)
+    checked(ours, lambda: len(ours._kept) == 3)
+    theirs.send("stop", read_id=3)
+    heard = []
+    while len(heard) < 4:
+        assert ours.poll(5)
+        heard.append(ours.recv(time.monotonic() + 5)[1]["read_id"])
+    assert heard == [0, 1, 2, 3]
+    assert not ours.poll(0)
+
+
+def test_a_peer_that_gives_its_pair_up_is_heard_behind_what_it_said(channels):
+    ours, theirs = channels
+    theirs.send("stop", read_id=1)
+    theirs.send("bye")
+    with pytest.raises(PeerGone, match="gave the pair up"):
+        checked(ours, lambda: False)
+
+
+def test_a_peer_that_talks_while_its_pair_is_made_is_not_kept_without_end(channels):
+    ours, theirs = channels
+    for read_id in range(5):
+        theirs.send("stop", read_id=read_id)
+    with pytest.raises(ProtocolError, match="out of turn"):
+        checked(ours, lambda: False)
 
 
 def test_a_stranger_cannot_open_pairs_without_end(pair, monkeypatch):

@@ -44,8 +44,8 @@ class FlippingWorker(PyNcclWorker):
         torch_blocks.read_process = read_process
         super().register(kv_caches, layout)
 
-    def join(self, invite, bind_ip, deadline):
-        return _FlippingPipe(super().join(invite, bind_ip, deadline))
+    def join(self, invite, bind_ip, deadline, wanted):
+        return _FlippingPipe(super().join(invite, bind_ip, deadline, wanted))
 
     def load(self, task):
         done = task.done

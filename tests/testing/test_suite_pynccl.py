@@ -13,8 +13,8 @@ from kvsdk.testing.suite import *  # noqa: F403
 class Worker(PyNcclWorker):
     """Damages the last block that it receives, once for each time that a test asks for it."""
 
-    def join(self, invite, bind_ip, deadline):
-        pipe = super().join(invite, bind_ip, deadline)
+    def join(self, invite, bind_ip, deadline, wanted):
+        pipe = super().join(invite, bind_ip, deadline, wanted)
         asked = pathlib.Path(self.context.options.extra["folder"], "damage")
         receive = pipe.recv_row
 

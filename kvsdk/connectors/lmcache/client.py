@@ -323,6 +323,8 @@ class Pool:
                     connection = self._server.connect(self._timeout)
                     with self._lock:
                         self._connections.add(connection)
+                    if self._stop.is_set():  # `stop` has come before this connection was in its list
+                        raise PipeClosed("the worker closes")
                 job.run(connection)
                 self._server.worked()
                 return connection
@@ -350,8 +352,8 @@ class Pool:
             self._connections.discard(connection)
         connection.close()
 
-    def close(self, deadline: float) -> None:
-        """Fail what is queued and under way, end the threads; bounded by `deadline`, twice is fine."""
+    def stop(self) -> None:
+        """Begin to close, without waiting: fail what is queued and under way. Twice is fine."""
         with self._lock:
             self._stop.set()
             for _ in self._threads:
@@ -359,6 +361,10 @@ class Pool:
             connections = list(self._connections)
         for connection in connections:
             connection.abort()
+
+    def close(self, deadline: float) -> None:
+        """Fail what is queued and under way, end the threads; bounded by `deadline`, twice is fine."""
+        self.stop()
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():

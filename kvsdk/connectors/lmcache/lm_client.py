@@ -220,6 +220,8 @@ class LMServer(Server):
             try:
                 if self._connection is None:
                     self._connection = self._find()
+                    if self._stop.is_set():  # `_abort` has come before there was this connection
+                        raise PeerGone("the worker closes")
                 self._connection.health(time.monotonic() + self.timeout)
                 return
             except KVError as error:

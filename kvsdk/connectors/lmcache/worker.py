@@ -187,6 +187,8 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         deadline = time.monotonic() + 0.2 * self.context.options.close_timeout
         if self._server is not None:
             self._server.close(deadline)
+        for pool in self._pools:
+            pool.stop()
         for part in (self._lookups, *self._pools):
             if part is not None:
                 part.close(deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import os
@@ -14,7 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from kvsdk.connectors.pynccl.protocol import WORKER_WIRE
-from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed
+from kvsdk.errors import DeadlineExceeded, PeerGone, PipeClosed, ProtocolError
 
 
 @functools.cache
@@ -112,6 +113,7 @@ class Channel:
             self._poll.register(fd, select.POLLIN)
         self._gone = False
         self._closed = False
+        self._kept: collections.deque[tuple[str, dict[str, Any]]] = collections.deque()
 
     def send(self, kind: str, **fields: Any) -> None:
         """Raises PipeClosed after `close`, PeerGone when the peer takes nothing any more."""
@@ -134,6 +136,10 @@ class Channel:
         peer is and all it sent was read.
         """
         self._check()
+        return bool(self._kept) or self._poll_socket(timeout)
+
+    def _poll_socket(self, timeout: float) -> bool:
+        """Whether the socket has a message; the rest as `poll`."""
         until = time.monotonic() + timeout
         while True:
             # The descriptors say that there may be something; whether there is, only this does.
@@ -167,7 +173,23 @@ class Channel:
                 raise PipeClosed("this side closes")
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"no word from {self.address}")
-        return WORKER_WIRE.decode(self._socket.recv())
+        return self._kept.popleft() if self._kept else WORKER_WIRE.decode(self._socket.recv())
+
+    def check_peer(self) -> None:
+        """See whether the peer still wants the pair, in the middle of something else; what else it says is for `recv`.
+
+        Raises:
+            PeerGone: it is gone, or has said `bye`.
+            ProtocolError: it says what is no message of this protocol, or too much.
+        """
+        self._check()
+        while self._poll_socket(0):
+            message = WORKER_WIRE.decode(self._socket.recv())
+            if message[0] == "bye":
+                raise PeerGone(f"{self.address} gave the pair up")
+            if len(self._kept) == 4:
+                raise ProtocolError(f"{self.address} sent {message[0]} out of turn")
+            self._kept.append(message)
 
     def _check(self) -> None:
         if self._closed:

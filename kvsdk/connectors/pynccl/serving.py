@@ -421,9 +421,13 @@ class WorkerServer:
 
     def _start(self, pair: _Pair, serve: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=self._run_pair, args=(pair, serve, *args), name="kvsdk-pair", daemon=True)
-        with self._lock:
-            self._pairs[thread] = pair
-        thread.start()
+        try:
+            with self._lock:
+                thread.start()
+                self._pairs[thread] = pair
+        except BaseException:  # the system has no more threads
+            pair.close()
+            raise
 
     def _run_pair(self, pair: _Pair, serve: Callable[..., None], *args: Any) -> None:
         try:
@@ -505,11 +509,10 @@ class WorkerServer:
             self._answer_reads(pipe, pair.channel, chunk)
 
     def _check_wanted(self, channel: Channel) -> None:
-        """Ends the wait for a consumer that has given a pair up which is being made, or when this worker closes."""
+        """Ends the making of a pair which the consumer has given up, or when this worker closes."""
         if self._stop.is_set():
             raise PipeClosed("this side closes")
-        if channel.poll(0) and channel.recv(time.monotonic() + 1.0)[0] == "bye":
-            raise PeerGone("it gave the pair up before it was made")
+        channel.check_peer()
 
     def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
         while not self._stop.is_set():
@@ -620,9 +623,13 @@ class Digester:
                 torch.cuda.current_stream().synchronize()
             self._offers.digested(offer, told.numpy().view(np.uint64))
 
-    def close(self, deadline: float) -> None:
+    def stop(self) -> None:
+        """Begin to close, without waiting: what is queued is not digested."""
         self._stop.set()
         self._queue.put(None)
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread until `deadline` at most; after `stop`."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
 

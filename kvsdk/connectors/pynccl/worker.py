@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,9 +74,10 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
             slot_bytes=self._slot_bytes,
         )
 
-    def join(self, invite: dict[str, Any], bind_ip: str, deadline: float) -> Pipe:
+    def join(self, invite: dict[str, Any], bind_ip: str, deadline: float, wanted: Callable[[], None]) -> Pipe:
         """The consumer's end of a pair."""
-        return join(invite, self._device, bind_ip, deadline, num_slots=SLOTS, slot_bytes=self._slot_bytes)
+        slots = {"num_slots": SLOTS, "slot_bytes": self._slot_bytes}
+        return join(invite, self._device, bind_ip, deadline, **slots, wanted=wanted)
 
     def handshake(self) -> dict[str, Any]:
         return {
@@ -130,9 +132,11 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._offers.close()
         for fetcher in self._fetchers.values():
             fetcher.stop()
+        if self._digester is not None:
+            self._digester.stop()
         if self._server is not None:
             self._server.close(self.context.options.close_timeout)
         if self._digester is not None:
-            self._digester.close(deadline)
+            self._digester.join(deadline)
         for fetcher in self._fetchers.values():
             fetcher.join(deadline)
