@@ -290,6 +290,8 @@ class ShmPipe(Pipe):
     def _typed_errors(self, deadline: float) -> Iterator[None]:
         try:
             yield
+        except KVError:
+            raise
         except TimeoutError as error:
             self._raise_if_broken()
             raise self._fail(DeadlineExceeded("waited for the peer until the deadline")) from error
@@ -389,6 +391,9 @@ def join_shm(
         if len(fds) != 1:
             raise ProtocolError(f"the peer handed {len(fds)} sockets over, not one")
         out = socket.socket(fileno=fds.pop())
+    except KVError:
+        into.close()
+        raise
     except TimeoutError as error:
         into.close()
         raise DeadlineExceeded("the peer did not answer by the deadline") from error
@@ -398,9 +403,6 @@ def join_shm(
     except OSError as error:
         into.close()
         raise PeerGone(f"the peer went away: {error}") from error
-    except KVError:
-        into.close()
-        raise
     finally:
         for fd in fds:
             os.close(fd)

@@ -141,18 +141,17 @@ def join_torch(
     wanted: Callable[[], None],
 ) -> Pipe:
     """The consumer's end of a pair over gloo or NCCL; see `kvsdk.pipe.join`, which has checked the invite's types."""
-    _probe(invite["host"], invite["port"], deadline)
 
     def connect_store() -> dist.TCPStore:
         # PyTorch goes on trying for twice its timeout where a peer that dies has reset the connection. In short
         # attempts this thread does not outlive the deadline by much.
         host, port, limit = invite["host"], invite["port"], _STORE_ATTEMPT
         while True:
+            _probe(host, port, deadline)
             try:
                 store = dist.TCPStore(host, port, 2, is_master=False, timeout=limit, wait_for_workers=False)
             except RuntimeError:
                 logger.debug("connecting to %s:%d failed", host, port, exc_info=True)
-                _probe(host, port, deadline)
                 continue
             store.set_timeout(_remaining(deadline))
             store.set(_joined_key(invite["pair"]), b"1")
@@ -394,8 +393,9 @@ class NcclPipe(TorchPipe):
 
         # Both ends must be at the communicator before either is, since NCCL waits for the other without a deadline,
         # also when the first operation in a direction connects it.
-        self._meet([], _PRODUCER, deadline)
+        meet = functools.partial(self._meet, [], _PRODUCER, deadline)
         try:
+            _within(deadline, wanted, "the peer's being ready", meet)
             _within(deadline, wanted, "making the NCCL communicator", connect)
             _within(deadline, wanted, "the first tensor over NCCL", warm_up)
         except KVError as error:

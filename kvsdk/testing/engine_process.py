@@ -147,8 +147,9 @@ class EngineProcess:
             status = self._process.exitcode
             self.kill()
             raise EngineFailed(f"the engine's process died with {status}") from error
-        except KeyboardInterrupt:
-            self.kill()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt, or a test's time is up: the answer is still to come
+                self.kill()
             raise
         self._seen = seen or self._seen
         if failed:

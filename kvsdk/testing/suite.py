@@ -65,7 +65,8 @@ def seed(request: pytest.FixtureRequest) -> int:
     if given := os.environ.get("KVSDK_SEED"):
         value = int(given)
     elif settings.default.derandomize:
-        value = zlib.crc32(f"{request.module.__name__}.{request.node.name}".encode()) >> 1
+        _, _, within_module = request.node.nodeid.partition("::")
+        value = zlib.crc32(f"{request.module.__name__}::{within_module}".encode()) >> 1
     else:
         value = random.randrange(1 << 31)
     print(f"KVSDK_SEED={value}")

@@ -461,21 +461,26 @@ def test_a_read_waits_for_an_offer_that_is_not_there_yet_and_not_for_one_that_ha
     assert time.monotonic() - began < 2
 
 
-def test_closing_with_many_producers_that_do_not_answer_takes_one_timeout(engine):
+def test_closing_with_many_threads_that_do_not_end_takes_one_timeout(engine, monkeypatch):
+    release, stuck = threading.Event(), threading.Semaphore(0)
+
+    def wait(*args):
+        stuck.release()
+        release.wait(20)
+        raise KVError("on purpose")
+
+    monkeypatch.setattr(Fetcher, "_open", wait)
     d = engine("PyNcclConnector", role="kv_consumer", extra={"kv_port": free_port(), "close_timeout": 1.0})
     worker = worker_half(d)
-    silent = [Channel(bind_ip="127.0.0.1") for _ in range(4)]
     try:
-        for i, listener in enumerate(silent):
-            task = _load(i, listener.address, seconds=30)
-            worker.load(task)
-        time.sleep(0.2)
+        for i in range(4):
+            worker.load(_load(i, f"127.0.0.1:{free_port()}", seconds=30))
+            assert stuck.acquire(timeout=5)
         began = time.monotonic()
         worker.close()
-        assert time.monotonic() - began < 2.0
+        assert 1.0 <= time.monotonic() - began < 2.0
     finally:
-        for listener in silent:
-            listener.close()
+        release.set()
 
 
 def test_closing_ends_the_wait_for_a_producer_that_does_not_answer(engine):

@@ -127,7 +127,7 @@ def test_a_seed_can_be_given(request, monkeypatch):
 @pytest.mark.parametrize("derandomize", [False, True])
 def test_seeds_are_new_each_time_but_on_ci_where_each_test_keeps_its_own(request, monkeypatch, derandomize):
     monkeypatch.delenv("KVSDK_SEED", raising=False)
-    other = SimpleNamespace(module=request.module, node=SimpleNamespace(name="another test"))
+    other = SimpleNamespace(module=request.module, node=SimpleNamespace(nodeid="a.py::Test::another"))
     default = settings.default
     settings.register_profile("seeds", derandomize=derandomize)
     settings.load_profile("seeds")

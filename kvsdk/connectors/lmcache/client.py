@@ -228,11 +228,15 @@ class Server(ABC):
     def _abort(self) -> None:
         """Make a question under way fail. From any thread."""
 
-    def close(self, deadline: float) -> None:
-        """Stop the thread; bounded by `deadline`, twice is fine."""
+    def stop(self) -> None:
+        """Begin to close, without waiting: a question under way fails. Twice is fine."""
         self._stop.set()
         self._wake()
         self._abort()
+
+    def close(self, deadline: float) -> None:
+        """Stop the thread; bounded by `deadline`, twice is fine."""
+        self.stop()
         self._thread.join(max(0.0, deadline - time.monotonic()))
 
 

@@ -114,9 +114,13 @@ class Loader:
             self._store.scatter(ids, staging)
             torch.cuda.current_stream().synchronize()
 
+    def stop(self) -> None:
+        """Begin to close, without waiting: the thread ends with what it does now. Twice is fine."""
+        self._tasks.put(None)
+
     def close(self, deadline: float) -> bool:
         """End the thread, with what it does now; false if it has not ended by `deadline`. Twice is fine."""
-        self._tasks.put(None)
+        self.stop()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         ended = not self._thread.is_alive()
         if not ended:

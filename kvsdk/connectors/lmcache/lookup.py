@@ -303,8 +303,12 @@ class LookupServer:
 
         self._fetch(ticket, keys, fields["first"], timeout, answer)
 
-    def close(self, deadline: float) -> None:
-        """Bounded by `deadline`; twice is fine."""
+    def stop(self) -> None:
+        """Begin to close, without waiting. Twice is fine."""
         self._stop.set()
         self._bell.ring()
+
+    def close(self, deadline: float) -> None:
+        """Bounded by `deadline`; twice is fine."""
+        self.stop()
         self._thread.join(max(0.0, deadline - time.monotonic()))

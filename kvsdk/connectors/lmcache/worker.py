@@ -185,14 +185,13 @@ class LMCacheWorker(ProducerWorker, ConsumerWorker):
         if self._saver is not None and not self._saver.drain(self._drain_by()):
             logger.warning("the server took chunks too slowly: some were not stored before the end")
         deadline = time.monotonic() + 0.2 * self.context.options.close_timeout
-        if self._server is not None:
-            self._server.close(deadline)
-        for pool in self._pools:
-            pool.stop()
-        for part in (self._lookups, *self._pools):
-            if part is not None:
-                part.close(deadline)
-        ended = [part.close(deadline) for part in (self._saver, self._loader) if part is not None]
+        copiers = [part for part in (self._saver, self._loader) if part is not None]
+        others = [part for part in (self._lookups, *self._pools, self._server) if part is not None]
+        for part in (*copiers, *others):
+            part.stop()
+        ended = [part.close(deadline) for part in copiers]
+        for part in others:
+            part.close(deadline)
         if all(ended):  # or a copy between the memory and the device may be under way
             for memory in self._memories:
                 memory.close()

@@ -100,9 +100,10 @@ class Channel:
             if address is None:
                 port = self._socket.bind_to_random_port(f"tcp://{bind_ip}")
                 self.address = f"{bind_ip}:{port}"
+                self._peer = "the peer"
             else:
                 self._socket.connect(f"tcp://{address}")
-                self.address = address
+                self.address = self._peer = address
         except zmq.ZMQError:
             self._close_sockets()
             raise
@@ -121,7 +122,7 @@ class Channel:
         try:
             self._socket.send(WORKER_WIRE.encode(kind, **fields), zmq.NOBLOCK)
         except zmq.Again as error:
-            raise PeerGone(f"{self.address} takes no more messages") from error
+            raise PeerGone(f"{self._peer} takes no more messages") from error
 
     def offer(self, kind: str, **fields: Any) -> bool:
         """Send what the peer can do without. False if there is no room for it; raises PipeClosed after `close`."""
@@ -150,7 +151,7 @@ class Channel:
                 self._gone = True
                 continue
             if self._gone:
-                raise PeerGone(f"{self.address} closed the connection")
+                raise PeerGone(f"{self._peer} closed the connection")
             left = until - time.monotonic()
             if left <= 0:
                 return False
@@ -172,7 +173,7 @@ class Channel:
             if stop is not None and stop.is_set():
                 raise PipeClosed("this side closes")
             if time.monotonic() >= deadline:
-                raise DeadlineExceeded(f"no word from {self.address}")
+                raise DeadlineExceeded(f"no word from {self._peer}")
         return self._kept.popleft() if self._kept else WORKER_WIRE.decode(self._socket.recv())
 
     def check_peer(self) -> None:
@@ -186,9 +187,9 @@ class Channel:
         while self._poll_socket(0):
             message = WORKER_WIRE.decode(self._socket.recv())
             if message[0] == "bye":
-                raise PeerGone(f"{self.address} gave the pair up")
+                raise PeerGone(f"{self._peer} gave the pair up")
             if len(self._kept) == 4:
-                raise ProtocolError(f"{self.address} sent {message[0]} out of turn")
+                raise ProtocolError(f"{self._peer} sent {message[0]} out of turn")
             self._kept.append(message)
 
     def _check(self) -> None:

@@ -302,13 +302,14 @@ class _Pair:
 
     def close(self) -> None:
         """By the pair's thread."""
-        self.channel.close()
-        if self.host is not None:
-            self.host.close()
-        if self.pipe is not None:
-            self.pipe.close(time.monotonic() + 2.0)
-        if self.bell is not None:
-            self.bell.close()
+        with contextlib.ExitStack() as stack:
+            if self.bell is not None:
+                stack.callback(self.bell.close)
+            if self.pipe is not None:
+                stack.callback(self.pipe.close, time.monotonic() + 2.0)
+            if self.host is not None:
+                stack.callback(self.host.close)
+            stack.callback(self.channel.close)
 
 
 class WorkerServer:
@@ -415,7 +416,11 @@ class WorkerServer:
             invite = host.prepare()
         except WindowUnavailable as error:
             return WORKER_WIRE.encode("unavailable", reason=str(error)[:1000])
-        pair = _Pair(Channel(bind_ip=self._bind_ip), host=host)
+        try:
+            pair = _Pair(Channel(bind_ip=self._bind_ip), host=host)
+        except BaseException:  # no more sockets
+            host.close()
+            raise
         self._start(pair, self._serve, host, invite, chunk, timeout)
         return WORKER_WIRE.encode("invited", invite=dict(invite), control=pair.channel.address, chunk=chunk)
 
@@ -431,12 +436,11 @@ class WorkerServer:
 
     def _run_pair(self, pair: _Pair, serve: Callable[..., None], *args: Any) -> None:
         try:
-            with _ends_of_pairs(self._stop):
+            with _ends_of_pairs(self._stop), contextlib.closing(pair):
                 # `close` may have come before this pair was in its list.
                 if not self._stop.is_set():
                     serve(pair, *args)
         finally:
-            pair.close()
             with self._lock:
                 del self._pairs[threading.current_thread()]
 
