@@ -575,7 +575,7 @@ def channels():
 def checked(channel, until):
     deadline = time.monotonic() + 5
     while not until():
-        channel.check_peer()
+        channel.check_wanted()
         assert time.monotonic() < deadline
         time.sleep(0.001)
 

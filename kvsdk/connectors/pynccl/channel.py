@@ -174,18 +174,26 @@ class Channel:
                 raise PipeClosed("this side closes")
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(f"no word from {self._peer}")
-        return self._kept.popleft() if self._kept else WORKER_WIRE.decode(self._socket.recv())
+        return self._kept.popleft() if self._kept else self._take()
 
-    def check_peer(self) -> None:
-        """See whether the peer still wants the pair, in the middle of something else; what else it says is for `recv`.
+    def _take(self) -> tuple[str, dict[str, Any]]:
+        """The message that the socket has."""
+        return WORKER_WIRE.decode(self._socket.recv(zmq.NOBLOCK))
+
+    def check_wanted(self, stop: threading.Event | None = None) -> None:
+        """See whether both sides still want the pair, in the middle of something else. Never waits; what else the peer
+        says is for `recv`.
 
         Raises:
-            PeerGone: it is gone, or has said `bye`.
+            PipeClosed: `stop` is set.
+            PeerGone: the peer is gone, or has said `bye`.
             ProtocolError: it says what is no message of this protocol, or too much.
         """
         self._check()
+        if stop is not None and stop.is_set():
+            raise PipeClosed("this side closes")
         while self._poll_socket(0):
-            message = WORKER_WIRE.decode(self._socket.recv())
+            message = self._take()
             if message[0] == "bye":
                 raise PeerGone(f"{self._peer} gave the pair up")
             if len(self._kept) == 4:

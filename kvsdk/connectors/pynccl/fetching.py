@@ -24,7 +24,7 @@ from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Bell, Channel
 from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_chunks
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
-from kvsdk.errors import KVError, PipeClosed, ProtocolError, TaskEnded, WindowUnavailable
+from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
 from kvsdk.pipe import OpenWindow, Pipe, open_window
 
@@ -358,14 +358,8 @@ class Fetcher:
             self._peer = self._store.peer(self._window.layout, self._window.addresses, self._window, self._window.pid)
             self._channel.send("opened")
         else:
-            self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline, self._check_wanted)
-
-    def _check_wanted(self) -> None:
-        """Ends the making of a pair whose producer has gone, or when this worker closes."""
-        assert self._channel is not None
-        if self._stop.is_set():
-            raise PipeClosed("this side closes")
-        self._channel.check_peer()
+            wanted = functools.partial(self._channel.check_wanted, self._stop)
+            self._pipe = self._join(fields["invite"], local_ip_towards(self.address), deadline, wanted)
 
     def _fetch(self, read: _Read) -> bool:
         """Get a part of a load. False when it has ended, because all of it has come or because the rest will not."""

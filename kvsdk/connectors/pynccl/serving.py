@@ -506,17 +506,11 @@ class WorkerServer:
             channel.send("failed", read_id=read_id, reason="the offer ended meanwhile")
 
     def _serve(self, pair: _Pair, host: PipeHost, invite: dict[str, Any], chunk: int, timeout: float) -> None:
-        wanted = functools.partial(self._check_wanted, pair.channel)
+        wanted = functools.partial(pair.channel.check_wanted, self._stop)
         pair.pipe = pipe = host.accept(invite, time.monotonic() + timeout, wanted)
         logger.info("paired with a consumer over %s", pipe.kind)
         with self._streams.own():
             self._answer_reads(pipe, pair.channel, chunk)
-
-    def _check_wanted(self, channel: Channel) -> None:
-        """Ends the making of a pair which the consumer has given up, or when this worker closes."""
-        if self._stop.is_set():
-            raise PipeClosed("this side closes")
-        channel.check_peer()
 
     def _answer_reads(self, pipe: Pipe, channel: Channel, chunk: int) -> None:
         while not self._stop.is_set():
