@@ -3,7 +3,18 @@
 import time
 
 import pytest
-from test_pynccl import BS, at_rest, buffer, decode, half, pair, prefill, prompt, run_all  # noqa: F401
+from test_pynccl import (
+    BS,
+    at_rest,
+    at_rest_without_offers,
+    buffer,
+    decode,
+    half,
+    pair,  # noqa: F401
+    prefill,
+    prompt,
+    run_all,
+)
 
 from kvsdk.connectors.pynccl.fetching import Fetcher
 from kvsdk.errors import ProtocolError
@@ -25,12 +36,6 @@ def parts(monkeypatch):
 
     monkeypatch.setattr(Fetcher, "_go_on", watch)
     return seen
-
-
-def rest(p, d):
-    """As `at_rest`, but for offers that nobody was to load."""
-    buffer(p).evict_all_unclaimed()
-    at_rest(p, d)
 
 
 def announced(p, transfer_id="transfer-1"):
@@ -100,7 +105,7 @@ def test_a_prefix_that_is_here_already_is_not_moved(pair, parts, side):  # noqa:
     assert d.outputs[dr] == d.expected(tokens, 8)
     assert d.hits[dr][0] == len(tokens) - 1
     assert parts[dr][-1] == -(-len(tokens) // BS) - (8 if side != "producer" else 0)
-    rest(p, d)
+    at_rest_without_offers(p, d)
 
 
 def test_two_ranks(pair, parts):  # noqa: F811
@@ -178,7 +183,7 @@ def test_a_preempted_prefill_is_offered_on(pair, parts):  # noqa: F811
     )
     assert d.outputs[dr] == d.expected(prompt(230), 8)
     assert p.outputs["other"] == p.expected(prompt(200, 9), 200)
-    rest(p, d)
+    at_rest_without_offers(p, d)
 
 
 def test_a_transfer_that_never_begins_is_waited_for_until_announce_wait(pair):  # noqa: F811

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from test_lifecycle import fill
-from test_pynccl import at_rest, buffer, client, decode, half, pair, prefill, prompt, run_all
+from test_pynccl import at_rest, at_rest_without_offers, buffer, client, decode, half, pair, prefill, prompt, run_all
 
 from kvsdk.connector import Hit, Keep, ProducerScheduler, ProducerWorker
 from kvsdk.connector.interface import CacheGeometry, Context, RequestView
@@ -305,8 +305,7 @@ def test_an_abort_at_any_moment_leaves_nothing(pair, steps, in_flight):
         d.abort("b")
     run_all(p, d, until=lambda: not d.scheduler.has_requests() and not d._in_flight and not client(d).num_claims)
     assert not half(d)._claims and not half(d)._lookups and not client(d).num_tickets
-    buffer(p).evict_all_unclaimed()
-    at_rest(p, d)
+    at_rest_without_offers(p, d)
 
 
 def test_an_answer_that_comes_after_its_request_is_given_back(pair):
@@ -357,8 +356,7 @@ def test_a_request_preempted_while_its_last_token_is_under_way_is_offered_whole(
     for i in range(6):
         assert p.outputs[f"r{i}"] == p.expected(prompt(60, i), 30)
         assert p.params[f"r{i}"]["remote_num_tokens"] == 60
-    buffer(p).evict_all_unclaimed()
-    at_rest(p)
+    at_rest_without_offers(p)
 
 
 @pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
@@ -644,8 +642,7 @@ def test_any_engine_id_goes_with_an_offer(engine, engine_id):
     )
     try:
         assert prefill(one, "a", prompt(50))["do_remote_prefill"] is True
-        buffer(one).evict_all_unclaimed()
-        at_rest(one)
+        at_rest_without_offers(one)
     finally:
         one.close()
 
@@ -748,9 +745,7 @@ def test_two_servers_load_from_each_other_at_the_same_time(engine, kind):
     run_all(*servers, until=lambda: all("b" in server.finish_reasons for server in servers))
     for i, server in enumerate(servers):
         assert server.outputs["b"] == server.expected(prompt(80, 1 - i), 4) and server.hits["b"][0] == 79
-    for server in servers:
-        buffer(server).evict_all_unclaimed()
-    at_rest(*servers)
+    at_rest_without_offers(*servers)
 
 
 def test_two_servers_that_hold_what_the_other_one_waits_for_go_on_without_it(engine):
@@ -773,8 +768,7 @@ def test_two_servers_that_hold_what_the_other_one_waits_for_go_on_without_it(eng
     run_all(*servers, until=lambda: all(f"wait-{i}" in server.finish_reasons for i, server in enumerate(servers)))
     for i, server in enumerate(servers):
         assert server.outputs[f"wait-{i}"] == server.expected(prompt(190, 1 - i), 4)
-        buffer(server).evict_all_unclaimed()
-    at_rest(*servers)
+    at_rest_without_offers(*servers)
 
 
 def test_a_read_of_more_blocks_than_the_offer_has_is_an_error(pair):
