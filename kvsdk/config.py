@@ -148,19 +148,21 @@ class Options:
     pipe: str = _option(
         "auto",
         "choice",
-        "What carries the bytes. `auto` is NCCL between GPUs; between CPUs on one host it is `peer` where the system "
-        "allows it, else `shm`, shared memory; and else gloo. `peer` reads the other worker's memory in place.",
+        "What carries the bytes. `peer` reads the other worker's memory in place. `auto` is `peer` within a host where "
+        "the system allows it; else NCCL between GPUs; and between CPUs `shm`, shared memory, within a host and gloo "
+        "across hosts.",
         choices=PIPES,
     )
     verify: bool = _option(True, "bool", "Whether a block counts as loaded only when its digest matches.")
-    staging_bytes: int = _option(
-        64 * 1024 * 1024,
+    staging_bytes: int | None = _option(
+        None,
         "bytes",
-        "Bytes of the staging memory of a pair of workers, on each side: three messages.",
+        "Bytes of the staging memory of a pair of workers, on each side: three messages. 256 MiB on GPUs and 64 MiB on "
+        "CPUs unless set; a pair that reads memory in place has none.",
         low=1,
     )
     nccl_max_ctas: int = _option(
-        8, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
+        16, "int", "Channels of a pair's NCCL communicator; each costs GPU memory.", low=1, high=32
     )
     max_sms: int = _option(
         64, "int", "SMs of a GPU that a copy or a digest of blocks may take from the model meanwhile.", low=1, high=1024

@@ -130,8 +130,9 @@ class Pipe(ABC):
             drain: called in order, with a message's index and a 1-D uint8 tensor that holds it. The memory is used
                 again when `drain` returns; or, where it returns a callable, when that returns, which is called from
                 this thread after `drain` of the next message, and waits for what `drain` left to others. So a message
-                may be drained in a thread while the next one comes. What either raises breaks the pipe and comes out
-                of here, and others may be left at work then.
+                may be drained in a thread while the next one comes. On CUDA it may leave its work on the current
+                stream: that is over when the row is, or when an error was raised and the stream has been waited for.
+                What either raises breaks the pipe and comes out of here, and others may be left at work then.
             deadline: absolute, in seconds of `time.monotonic()`.
 
         Raises:

@@ -21,7 +21,7 @@ PIPE_VERSION = 2
 KINDS = ("peer", "shm", "gloo", "nccl")
 
 _RUNS = {"cuda": ("nccl", "peer"), "cpu": ("gloo", "shm", "peer")}
-_AUTO = {"cuda": ("nccl",), "cpu": ("peer", "shm", "gloo")}
+_AUTO = {"cuda": ("peer", "nccl"), "cpu": ("peer", "shm", "gloo")}
 _POLL = 0.005
 _TORCH_FIELDS = {"host": str, "port": int, "max_ctas": int}
 _FIELDS = {"shm": {"host": str}, "gloo": _TORCH_FIELDS, "nccl": _TORCH_FIELDS}

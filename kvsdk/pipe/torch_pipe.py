@@ -252,8 +252,11 @@ class TorchPipe(Pipe):
         # A pair that is broken from another thread ends some waits without an error.
         self._raise_if_broken()
 
-    def _meet(self, sizes: Sequence[int], sender: int, deadline: float) -> None:
-        """Exchanges headers with the peer, which must be about to do the other half of the same transfer."""
+    def _meet(
+        self, sizes: Sequence[int], sender: int, deadline: float, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Exchanges headers with the peer, which must be about to do the other half of the same transfer; `meanwhile`
+        is called while they are on their way."""
         sending = sender == self._rank
         own_tag, peer_tag = (_SENDER, _RECEIVER) if sending else (_RECEIVER, _SENDER)
         number, self._numbers[sender] = self._numbers[sender], self._numbers[sender] + 1
@@ -261,7 +264,11 @@ class TorchPipe(Pipe):
         theirs = torch.zeros_like(ours)
         with self._typed_errors(deadline, "the peer to be ready"):
             ours_sent = self._post(ours, True, own_tag + sender)
-            self._post(theirs, False, peer_tag + sender).wait(_remaining(deadline))
+            theirs_here = self._post(theirs, False, peer_tag + sender)
+        if meanwhile is not None:
+            meanwhile()
+        with self._typed_errors(deadline, "the peer to be ready"):
+            theirs_here.wait(_remaining(deadline))
         self._raise_if_broken()
         magic, their_number, their_nbytes, their_crc = theirs.tolist()
         error = None
@@ -328,7 +335,8 @@ class NcclPipe(TorchPipe):
     """A pair over NCCL with gloo beside it. One operation at a time: a second thread gets `PipeBusy`, whatever it does.
 
     Operations wait for the work that the calling thread's current stream holds when they start, and are over on the
-    host when they return, so any stream may use the tensor afterwards.
+    host when they return, so any stream may use the tensor afterwards. Fills and drains of a row leave their work on
+    that stream, and what they leave is over when the row is.
 
     A kernel that waits for a dead peer ends when its communicator is aborted. Where the abort itself does not end
     within seconds, that is logged and the tensor is kept alive for ever: do not write to it again. NCCL chooses its own
@@ -351,7 +359,6 @@ class NcclPipe(TorchPipe):
         self._device = device
         self._name = pair_name
         self._nccl: Any = None
-        self._stream = torch.cuda.Stream(device)
         self._aborter: threading.Thread | None = None
         self._lent: collections.deque[torch.Tensor] = collections.deque()  # NCCL may touch them
         self._watcher = threading.Thread(target=self._watch, name=f"kvsdk-pipe-watch-{pair_name}", daemon=True)
@@ -409,58 +416,96 @@ class NcclPipe(TorchPipe):
     def _new_slot(self) -> torch.Tensor:
         return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self._device)
 
+    # Of a row all is enqueued without a look at the GPU: that takes the host longer than a message takes to arrive.
+    # Fills, drains and NCCL's operations wait for each other on the GPU, by way of the calling thread's stream.
+
+    def _send_row(self, sizes: list[int], fill: Fill, deadline: float) -> None:
+        parts, works = self._parts("send", sizes), []
+        self._meet(sizes, self._rank, deadline, functools.partial(fill, 0, parts[0]) if parts else None)
+        for i, part in enumerate(parts):
+            if i >= self.num_slots:
+                self._behind(works[i - self.num_slots])  # the message that was in this slot
+            if i:
+                fill(i, part)
+            works.append(self._begin(part, self._rank, deadline))
+        self._finish_all(works, deadline)
+
+    def _recv_row(self, sizes: list[int], drain: Drain, deadline: float) -> None:
+        self._meet(sizes, self._peer, deadline)
+        parts = self._parts("recv", sizes)
+        works = [self._begin(part, self._peer, deadline) for part in parts[: self.num_slots]]
+        for i, part in enumerate(parts):
+            self._behind(works[i])
+            wait = drain(i, part)
+            if wait is not None:
+                wait()
+            for following in parts[len(works) : i + 1 + self.num_slots]:
+                works.append(self._begin(following, self._peer, deadline))
+        self._finish_all(works, deadline)
+
     def _begin(self, data: torch.Tensor, sender: int, deadline: float) -> Any:
         if not data.numel():
             return None
         self._lent.append(data)
-        try:
-            with torch.cuda.device(self._device):
-                self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
-                    group = self._nccl
-                    self._raise_if_broken()
-                    call = group.send if sender == self._rank else group.recv
-                    work = call([data], self._peer, 0)
-                    work.wait()  # on the GPU; the host goes on
-                    done = torch.cuda.Event()
-                    done.record()
-        except RuntimeError as error:
-            self._fail(PeerGone(f"NCCL failed: {error}"))
-            self._let_go()
+        with self._nccl_errors():
+            group = self._nccl
             self._raise_if_broken()
-        return work, done, time.monotonic()
+            return (group.send if sender == self._rank else group.recv)([data], self._peer, 0)
+
+    def _behind(self, work: Any) -> None:
+        """What is given to the current stream from now on waits for an operation, on the GPU."""
+        if work is not None:
+            with self._nccl_errors():
+                work.wait()
 
     def _finish(self, begun: Any, deadline: float) -> None:
-        if begun is None:
+        self._finish_all([begun], deadline)
+
+    def _finish_all(self, works: list[Any], deadline: float) -> None:
+        """Waits for operations, and for what the current stream has to do behind them."""
+        works = [work for work in works if work is not None]
+        if not works:
             return
-        work, done, start = begun
         try:
-            late = DeadlineExceeded("waited for the tensor until the deadline")
-            self._poll(work.is_completed, start, deadline, late)
-            # Complete also means failed. The GPU's own word is the event behind the operation.
-            failed = PeerGone("NCCL ended the operation without the GPU's having done it")
-            self._poll(done.query, start, time.monotonic() + _EVENT_LIMIT, failed)
-        except RuntimeError as error:
-            self._fail(PeerGone(f"NCCL failed: {error}"))
+            with self._nccl_errors():
+                works[-1].wait()
+                done = torch.cuda.Event()
+                done.record(torch.cuda.current_stream(self._device))
+                late = DeadlineExceeded("waited for the tensor until the deadline")
+                self._poll(works[-1].is_completed, deadline, late)
+                # Complete also means failed. The GPU's own word is the event behind the operation.
+                failed = PeerGone("NCCL ended the operation without the GPU's having done it")
+                self._poll(done.query, time.monotonic() + _EVENT_LIMIT, failed)
         except KVError as error:
             self._fail(error)
         # An aborted kernel ends as if it had done its work, so the pipe's state decides.
         if self.broken:
             self._let_go()
             self._raise_if_broken()
-        self._lent.popleft()
+        self._lent.clear()
 
-    def _poll(self, done: Callable[[], bool], start: float, limit: float, late: KVError) -> None:
+    @contextlib.contextmanager
+    def _nccl_errors(self) -> Iterator[None]:
+        """Breaks the pipe where PyTorch's NCCL raises, and raises why it is broken."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._fail(PeerGone(f"NCCL failed: {error}"))
+            self._let_go()
+            self._raise_if_broken()
+
+    def _poll(self, done: Callable[[], bool], limit: float, late: KVError) -> None:
         """Waits for `done`, in sleeps that grow with the wait: short transfers end soon, long ones cost little.
 
         Raises `late` at the limit, or what broke the pipe meanwhile.
         """
+        start = time.monotonic()
         while not done():
             now = time.monotonic()
             self._raise_if_broken()
             if now >= limit:
                 raise late
-            time.sleep(min(max((now - start) / 8, 20e-6), 1e-3))
+            time.sleep(min(max((now - start) / 32, 20e-6), 1e-3))
 
     def _watch(self) -> None:
         """Waits on the gloo group for a message that never comes: its end is the peer's, or this pipe's own."""

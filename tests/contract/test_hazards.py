@@ -723,7 +723,7 @@ def test_messages_do_not_grow_with_layers_or_blocks(pair, monkeypatch):
         counts.append(dict(sent))
         sent.clear()
         at_rest(p, d)
-    assert counts[0] == counts[1] == {"open": 1, "read": 1, "part": 1, "row": 1, "chunk": 1, "tensor": 1}
+    assert counts[0] == counts[1] == {"open": 1, "read": 1, "part": 1, "row": 1, "sent": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])

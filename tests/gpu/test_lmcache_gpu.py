@@ -39,7 +39,7 @@ def test_blocks_come_back_byte_for_byte(worker):
     source, target = ids[:200], ids[200:400]
     keys = secrets.token_bytes(16 * len(source))
     for first in range(0, 200, 20):  # chunks of eight blocks, computed twenty at a time
-        worker.save(source[first : first + 20], keys[16 * first : 16 * (first + 20)], first)
+        worker.save(source[first : first + 20], keys[16 * first : 16 * (first + 20)], first, of=200)
     assert worker.stored()
     assert worker.fetch(keys) == 25
     task = worker.load(target)

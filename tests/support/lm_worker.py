@@ -70,10 +70,11 @@ class Worker:
         event.record()
         return event
 
-    def save(self, ids, keys, first=0, fence=None):
-        """Hand blocks over that are those of a prompt from block `first` on; `keys` has 16 bytes for each."""
-        end = (first + len(ids)) * BLOCK
-        order = SaveOrder(1, "r", (ids,), first, end, end, keys, 60.0)
+    def save(self, ids, keys, first=0, fence=None, of=None):
+        """Hand blocks over that are those of a prompt of `of` blocks from block `first` on, and the last ones unless
+        `of` says otherwise; `keys` has 16 bytes for each."""
+        end = first + len(ids)
+        order = SaveOrder(1, "r", (ids,), first, end * BLOCK, (of or end) * BLOCK, keys, 60.0)
         task = SaveTask(order, time.monotonic() + 60, fence or self._fence())
         self.half.save(task)
         return task

@@ -22,7 +22,7 @@ import torch
 from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Bell, Channel
-from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_chunks
+from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_blocks
 from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
@@ -420,6 +420,13 @@ class Fetcher:
             _fail(task, reason, bad)
         return False
 
+    def _flags(self, count: int) -> torch.Tensor:
+        """Room to tell of so many blocks whether they are wrong."""
+        if count > len(self._wrong_bytes):
+            self._wrong = self._store.new_wrong(2 * count)
+            self._wrong_bytes = self._wrong.numpy()
+        return self._wrong
+
     def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
         """Of what came from block `start` on, these blocks do not match their digests."""
         if len(wrong):
@@ -491,9 +498,7 @@ class Fetcher:
     def _pull(self, task: LoadTask, start: int, chosen: PeerBlocks, first: int, count: int) -> np.ndarray:
         """Copy blocks out of the window, from the `first` of those chosen to the task's `start`; returns the indices of
         those that are not what they should be."""
-        if count > len(self._wrong_bytes):
-            self._wrong = self._store.new_wrong(2 * count)
-            self._wrong_bytes = self._wrong.numpy()
+        self._flags(count)
         block_ids = task.order.blocks[0][start : start + count]
         if self._writers is None:
             self._pull_on_gpu(task, chosen, first, block_ids)
@@ -545,16 +550,35 @@ class Fetcher:
         end = read.received + fields.get("count", 0)
         if kind != "part" or not read.received < end <= read.total:
             raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        longest = row_blocks(self._chunk, self._store.staging_bytes(1))
         while read.reason is None and read.received < end:
             kind, fields = self._hear(read.task)
             if kind == "failed":
                 read.reason = KVError(f"{self.address}: {fields['reason']}")
                 return
             count = fields.get("count", 0)
-            if kind != "row" or not 0 < count <= min(row_chunks(self._pipe.kind) * self._chunk, end - read.received):
+            if (
+                kind != "row"
+                or not 0 < count <= min(longest, end - read.received)
+                or (self._verify and len(fields["digests"]) != 8 * count)
+            ):
                 raise ProtocolError(f"{self.address} sent {kind} out of turn")
-            sizes = [self._store.staging_bytes(n) for n in cut(count, self._chunk)]
-            self._pipe.recv_row(sizes, functools.partial(self._drain, read), read.task.deadline)
+            self._receive_row(read, count, fields["digests"])
+
+    def _receive_row(self, read: _Read, count: int, digests: bytes) -> None:
+        """Take the next `count` blocks. They count once the producer says that the offer stood until all were sent."""
+        expected = np.frombuffer(digests, "<u8").astype(np.uint64) if self._verify else None
+        sizes = [self._store.staging_bytes(blocks) for blocks in cut(count, self._chunk)]
+        receive = self._receive_on_gpu if self._writers is None else self._receive_on_cpu
+        wrong = receive(read, sizes, expected)
+        kind, fields = self._hear(read.task)
+        if kind == "failed":
+            read.reason = KVError(f"{self.address}: {fields['reason']}")
+        elif kind != "sent":
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
+        else:
+            self._damaged(read, read.received, wrong)
+            read.received += count
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
@@ -566,60 +590,71 @@ class Fetcher:
             raise ProtocolError(f"{self.address} sent {kind} of another read")
         return kind, fields
 
-    def _drain(self, read: _Read, i: int, part: torch.Tensor) -> Callable[[], None] | None:
-        """Take one message of a row; returns what waits until it was written."""
-        assert self._channel is not None
-        if read.reason is not None:
-            return None
-        kind, fields = self._hear(read.task)
-        if kind == "failed":
-            read.reason = KVError(f"{self.address}: {fields['reason']}")
-            return None
-        if kind != "chunk":
-            raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        n, start = part.numel() // self._store.staging_bytes(1), read.received
-        read.received += n
-        if read.stopped:
-            return None
-        expected = None
-        if self._verify:
-            if len(fields["digests"]) != 8 * n:
-                raise ProtocolError(f"{self.address} sent {len(fields['digests'])} bytes of digests for {n} blocks")
-            expected = np.frombuffer(fields["digests"], "<u8").astype(np.uint64)
-        if self._writers is None:
-            self._written(read, start, functools.partial(self._write, read.task, start, n, part, expected))
-            return None
-        writing = self._writers.submit(self._write, read.task, start, n, part, expected)
-        return functools.partial(self._written, read, start, writing.result)
+    def _receive_on_gpu(self, read: _Read, sizes: list[int], expected: np.ndarray | None) -> np.ndarray:
+        """Write a row into the KV cache as it comes; returns the indices of its blocks that were not written, since
+        they do not match their digests."""
+        assert self._pipe is not None and self._stream is not None
+        task, pipe = read.task, self._pipe
+        count = sum(sizes) // self._store.staging_bytes(1)
+        block_ids = task.blocks[0][read.received : read.received + count]
+        positions = np.arange(task.first_block + read.received, task.first_block + read.received + count)
+        flags = self._flags(count)
 
-    def _written(self, read: _Read, start: int, write: Callable[[], np.ndarray]) -> None:
-        """Note what came of a chunk."""
-        assert self._channel is not None
+        def drain(i: int, part: torch.Tensor) -> None:
+            its = slice(i * self._chunk, i * self._chunk + part.numel() // self._store.staging_bytes(1))
+            if expected is None:
+                self._store.scatter(block_ids[its], part)
+            else:
+                self._store.scatter_verified(block_ids[its], positions[its], part, expected[its], flags[its])
+
+        if task.fence is not None:
+            task.fence.synchronize()  # here, or NCCL would wait on the producer's GPU
         try:
-            wrong = write()
+            with task.using():
+                try:
+                    pipe.recv_row(sizes, drain, task.deadline)
+                finally:
+                    self._stream.synchronize()
         except TaskEnded:
-            if not read.stopped:
-                self._channel.send("stop", read_id=self._read_id)
-            read.stopped = True
-        else:
-            self._damaged(read, start, wrong)
+            self._tell_stopped(read)
+            pipe.recv_row(sizes, lambda _, part: None, task.deadline)
+            return np.empty(0, np.int64)
+        return self._wrong_bytes[:count].nonzero()[0] if expected is not None else np.empty(0, np.int64)
+
+    def _receive_on_cpu(self, read: _Read, sizes: list[int], expected: np.ndarray | None) -> np.ndarray:
+        """The same; one message is written by a thread while the next one comes."""
+        assert self._pipe is not None and self._writers is not None
+        writers, wrong = self._writers, []
+
+        def drain(i: int, part: torch.Tensor) -> Callable[[], None] | None:
+            if read.stopped:
+                return None
+            at, n = i * self._chunk, part.numel() // self._store.staging_bytes(1)
+            told = None if expected is None else expected[at : at + n]
+            writing = writers.submit(self._write, read.task, read.received + at, n, part, told)
+            return functools.partial(written, at, writing.result)
+
+        def written(at: int, write: Callable[[], np.ndarray]) -> None:
+            try:
+                wrong.append(write() + at)
+            except TaskEnded:
+                self._tell_stopped(read)
+
+        self._pipe.recv_row(sizes, drain, read.task.deadline)
+        return np.concatenate([np.empty(0, np.int64), *wrong])
+
+    def _tell_stopped(self, read: _Read) -> None:
+        """The task has ended: what still comes is dropped."""
+        assert self._channel is not None
+        if not read.stopped:
+            self._channel.send("stop", read_id=self._read_id)
+        read.stopped = True
 
     def _write(self, task: LoadTask, start: int, n: int, part: torch.Tensor, expected: np.ndarray | None) -> np.ndarray:
-        """Write what is right of a chunk into the KV cache; returns the indices of what is not."""
+        """Write what is right of a message into the KV cache; returns the indices of what is not."""
         block_ids, wrong = task.blocks[0][start : start + n], np.empty(0, np.int64)
         positions = np.arange(task.first_block + start, task.first_block + start + n)
-        if self._store.device.type == "cuda":
-            with task.using():
-                if task.fence is not None:
-                    torch.cuda.current_stream().wait_event(task.fence)
-                if expected is None:
-                    self._store.scatter(block_ids, part)
-                else:
-                    told = self._wrong[:n]
-                    self._store.scatter_verified(block_ids, positions, part, expected, told)
-                torch.cuda.current_stream().synchronize()
-            return wrong if expected is None else np.flatnonzero(told.numpy())
-        # Digested before the task is in use, so that one chunk is digested while another one is written.
+        # Digested before the task is in use, so that one message is digested while another one is written.
         right = None
         if expected is not None:
             same = self._store.digest(part, n, positions) == expected

@@ -17,7 +17,7 @@ from kvsdk.pipe import SLOTS
 _ID = Field(str, limit=64)
 
 WORKER_WIRE = Wire(
-    "kvsdk.worker/5",
+    "kvsdk.worker/6",
     {
         # consumer -> producer, to the worker's listener; answered once
         "open": {"pipe": _ID, "timeout": float, "chunk": int},
@@ -46,11 +46,11 @@ WORKER_WIRE = Wire(
         "took": {"read_id": int, "count": int},
         # producer -> consumer: none of these blocks is there yet, nor perhaps the offer itself
         "later": {"read_id": int, "known": bool},
-        # so many blocks come now. `row` goes before a row of the pipe with so many of them, `chunk` before each message
-        # of it, with 8 bytes of digest a block, little-endian; after `failed` the rest of a row is worth nothing
+        # so many blocks come now. `row` goes before a row of the pipe with so many of them, and has 8 bytes of digest a
+        # block, little-endian; behind the row comes `sent`, or `failed`: then it is worth nothing
         "part": {"read_id": int, "count": int},
-        "row": {"read_id": int, "count": int},
-        "chunk": {"read_id": int, "digests": bytes},
+        "row": {"read_id": int, "count": int, "digests": bytes},
+        "sent": {"read_id": int},
         "failed": {"read_id": int, "reason": str},
         # the same with a window: as many block ids as there are now, 4 bytes each, and digests; the offer still stands;
         # and, unasked, blocks of an offer as soon as they are digested
@@ -72,13 +72,17 @@ COMPARED = ("protocol", "model", "parallel", "layout", "digest")
 NO_DIGEST = "off"
 
 
-def row_chunks(kind: str) -> int:
-    """Most messages of a row on a pipe of this kind.
+STAGING_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""`staging_bytes` unless it is set, by the kind of device."""
 
-    What is left of a row is sent on after a read has failed, and NCCL's part is enqueued at once. Between two rows
-    everything stands still on both sides until the first one's last message is written.
-    """
-    return 16 if kind == "nccl" else 64
+ROW_CHUNKS, ROW_BYTES = 64, 2 << 30
+"""Most messages of a row, and most bytes of one that has several: what is left of a row is sent on after a read has
+failed. Between two rows everything stands still on both sides until the first one's last message is written."""
+
+
+def row_blocks(chunk: int, block_bytes: int) -> int:
+    """Most blocks of a row whose messages have `chunk` blocks each."""
+    return chunk * max(1, min(ROW_CHUNKS, ROW_BYTES // (chunk * block_bytes)))
 
 
 def chunk_blocks(staging_bytes: int, block_bytes: int) -> int:

@@ -20,7 +20,7 @@ import zmq
 
 from kvsdk.connector.counters import Counters
 from kvsdk.connectors.pynccl.channel import Bell, Channel, zmq_context
-from kvsdk.connectors.pynccl.protocol import WORKER_WIRE, chunk_blocks, cut, row_chunks
+from kvsdk.connectors.pynccl.protocol import WORKER_WIRE, chunk_blocks, cut, row_blocks
 from kvsdk.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -652,36 +652,38 @@ class _Read:
             return
         offer, count = found
         for fence in offer.fences(first):
-            torch.cuda.current_stream().wait_event(fence)
+            fence.synchronize()  # here, or NCCL would wait on the consumer's GPU
         self._channel.send("part", read_id=self._read_id, count=count)
-        longest = row_chunks(self._pipe.kind) * self._chunk
+        longest = row_blocks(self._chunk, self._store.staging_bytes(1))
         for start in range(first, first + count, longest):
             self._heed()
             if self._failed:
                 return
-            row = cut(min(longest, first + count - start), self._chunk)
-            self._channel.send("row", read_id=self._read_id, count=sum(row))
-            sizes = [self._store.staging_bytes(n) for n in row]
-            self._pipe.send_row(sizes, functools.partial(self._fill, offer, start), self._deadline)
+            n = min(longest, first + count - start)
+            told = offer.digests[start : start + n].astype("<u8").tobytes() if self._verify else b""
+            self._channel.send("row", read_id=self._read_id, count=n, digests=told)
+            sizes = [self._store.staging_bytes(blocks) for blocks in cut(n, self._chunk)]
+            self._pipe.send_row(sizes, functools.partial(self._fill, offer, start, start + n), self._deadline)
             counters.add("sent_bytes", sum(sizes))
 
-    def _fill(self, offer: _Offer, start: int, i: int, part: torch.Tensor) -> None:
+    def _fill(self, offer: _Offer, start: int, end: int, i: int, part: torch.Tensor) -> None:
+        """Gather message `i` of the row with the offer's blocks from `start` to `end`."""
         if self._failed:
             return
-        n = part.numel() // self._store.staging_bytes(1)
         first = start + i * self._chunk
-        self._store.gather(offer.block_ids[first : first + n], part)
-        told = offer.digests[first : first + n].astype("<u8").tobytes() if self._verify else b""
+        last = min(first + self._chunk, end)
+        self._store.gather(offer.block_ids[first:last], part)
+        self._heed()
+        if self._failed or last < end:
+            return
         if part.is_cuda:
             torch.cuda.current_stream().synchronize()
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
         # `Offers.end`.
-        if not self._offers.still(offer):
+        if self._offers.still(offer):
+            self._channel.send("sent", read_id=self._read_id)
+        else:
             self._fail("the offer ended meanwhile")
-            return
-        self._heed()
-        if not self._failed:
-            self._channel.send("chunk", read_id=self._read_id, digests=told)
 
     def _heed(self) -> None:
         """Whether the consumer wants no more."""

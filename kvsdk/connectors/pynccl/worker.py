@@ -13,7 +13,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.interface import BlockIds, ConsumerWorker, Context, ProducerWorker
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.fetching import Fetcher
-from kvsdk.connectors.pynccl.protocol import SLOTS, Source, bind_address, chunk_blocks
+from kvsdk.connectors.pynccl.protocol import SLOTS, STAGING_BYTES, Source, bind_address, chunk_blocks
 from kvsdk.connectors.pynccl.serving import Digester, Offers, Streams, WorkerServer
 from kvsdk.kernels import BlockStore
 from kvsdk.layout import CacheLayout
@@ -41,7 +41,8 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
         self._streams = Streams(self._device)
         self._kinds = self.pipe_kinds()
         prepare_process(self._device.type)
-        self._slot_bytes = self._store.staging_bytes(chunk_blocks(options.staging_bytes, layout.block_bytes))
+        self._staging_bytes = options.staging_bytes or STAGING_BYTES[self._device.type]
+        self._slot_bytes = self._store.staging_bytes(chunk_blocks(self._staging_bytes, layout.block_bytes))
         logger.info("moves KV blocks over %s (%s)", " or ".join(self._kinds), self._device)
         if options.produces:
             if options.verify:
@@ -52,7 +53,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 kinds=self._kinds,
                 make_host=self.make_host,
                 bind_ip=bind_address(options.kv_ip),
-                staging_bytes=options.staging_bytes,
+                staging_bytes=self._staging_bytes,
                 streams=self._streams,
                 verify=options.verify,
                 counters=self._counters,
@@ -115,7 +116,7 @@ class PyNcclWorker(ProducerWorker, ConsumerWorker):
                 self._store,
                 kinds=self._kinds,
                 join=self.join,
-                staging_bytes=self.context.options.staging_bytes,
+                staging_bytes=self._staging_bytes,
                 streams=self._streams,
                 verify=self.context.options.verify,
                 counters=self._counters,
