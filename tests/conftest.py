@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def tiny_deepseek_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kvsdk.demo.models import make_tiny_deepseek_v2
 
     return make_tiny_deepseek_v2(tmp_path_factory.mktemp("tiny-deepseek-v2"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pytorch_has_connected() -> Iterator[None]:
+    """Waits for PyTorch's calls that a pipe gave up on: in C++, they abort an interpreter that ends meanwhile."""
+    yield
+    until = time.monotonic() + 30.0
+    for thread in threading.enumerate():
+        if thread.name == "kvsdk-pipe-connect":
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 @pytest.fixture
