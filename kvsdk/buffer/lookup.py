@@ -130,7 +130,10 @@ def _checked(keys: PrefixKeys, block_ids: np.ndarray) -> tuple[np.ndarray, np.nd
     expected = _num_blocks(keys)
     if block_ids.dtype != np.int32 or block_ids.shape != (expected,):
         raise ValueError(f"block_ids: {block_ids.dtype} {block_ids.shape}; the prompt needs int32 ({expected},)")
-    distinct = np.unique(block_ids)
+    # As good as always they are distinct, and then sorting tells so in a tenth of what `np.unique` takes.
+    distinct = np.sort(block_ids)
+    if (distinct[1:] == distinct[:-1]).any():
+        distinct = np.unique(distinct)
     if distinct[0] < 0:
         raise ValueError(f"block_ids hold {distinct[0]}")
     block_ids = block_ids.copy()
@@ -239,7 +242,6 @@ class LookupBuffer:
         self._ended: dict[str, EndedOffer] = {}
         self._distinct_ended: list[np.ndarray] = []
         self._standing = _References()
-        self._held = _References()
         self._by_blocks = PrefixTree()
         self._by_prompt: dict[tuple[bytes, int], dict[str, None]] = {}
         # Entries are never taken out of the middle; one whose deadline has moved is skipped when its time comes.
@@ -369,8 +371,6 @@ class LookupBuffer:
         """Every offer that ended since the last call, each once. From here on their blocks are the caller's to free."""
         with self._lock:
             ended = list(self._ended.values())
-            for distinct in self._distinct_ended:
-                self._held.drop(distinct)
             self._ended.clear()
             self._distinct_ended.clear()
             return ended
@@ -493,7 +493,8 @@ class LookupBuffer:
     def blocks_held(self) -> int:
         """Distinct blocks of offers that stand, or that ended and were not taken."""
         with self._lock:
-            return self._held.blocks
+            ended = np.unique(np.concatenate([_NO_BLOCKS, *self._distinct_ended]))
+            return self._standing.blocks + self._standing.missing(ended)
 
     @property
     def bytes_held(self) -> int:
@@ -535,7 +536,6 @@ class LookupBuffer:
         self._offers[entry.transfer_id] = entry
         self._over.pop(entry.transfer_id, None)
         self._standing.add(entry.distinct)
-        self._held.add(entry.distinct)
         if entry.indexed:
             self._by_blocks.insert(entry.keys.blocks, entry.transfer_id)
             self._by_prompt.setdefault(_prompt(entry.keys), {})[entry.transfer_id] = None

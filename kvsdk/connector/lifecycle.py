@@ -146,29 +146,25 @@ class _Tracked:
 class _Ledger:
     """Blocks held, by hold id. A block that two holds share has two references in vLLM's pool and counts once here."""
 
-    def __init__(self, pool: BlockPool, num_blocks: int):
+    def __init__(self, pool: BlockPool):
         self._pool = pool
-        self._references = np.zeros(num_blocks, np.int32)
         self._holds: dict[str, np.ndarray] = {}
 
     def hold(self, hold_id: str, block_ids: np.ndarray) -> None:
         if hold_id in self._holds:
             raise ValueError(f"hold {hold_id} exists")
         self._pool.hold(block_ids)
-        self._references[block_ids] += 1
         self._holds[hold_id] = block_ids
 
     def grow(self, hold_id: str, block_ids: np.ndarray) -> None:
         """Add blocks to a hold; none of them is in it."""
         self._pool.hold(block_ids)
-        self._references[block_ids] += 1
         self._holds[hold_id] = np.concatenate([self._holds[hold_id], block_ids])
 
     def give_back(self, hold_id: str) -> bool:
         block_ids = self._holds.pop(hold_id, None)
         if block_ids is None:
             return False
-        self._references[block_ids] -= 1
         # The last block first: vLLM evicts in this order, and a prefix is worth more than its end.
         self._pool.give_back(block_ids[::-1])
         return True
@@ -182,7 +178,7 @@ class _Ledger:
 
     @property
     def num_blocks(self) -> int:
-        return int(np.count_nonzero(self._references))
+        return len(np.unique(np.concatenate([np.zeros(0, np.int32), *self._holds.values()])))
 
     @property
     def num_holds(self) -> int:
@@ -261,7 +257,7 @@ class SchedulerLifecycle:
 
     def bind_pool(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._ledger = _Ledger(pool, self._context.cache.num_blocks)
+        self._ledger = _Ledger(pool)
 
     def start(self, workers: list[dict[str, Any]]) -> None:
         self._half.start(workers)

@@ -376,11 +376,16 @@ class RacesForOffers(LookupBuffer):
 
 
 class LeaksTheLedger(LookupBuffer):
+    _leaked = 0
+
     def take_ended(self):
         ended = super().take_ended()
-        if any(offer.reason == "expired" for offer in ended):
-            self._held.add(ended[0].block_ids)
+        self._leaked += sum(len(offer.block_ids) for offer in ended if offer.reason == "expired")
         return ended
+
+    @property
+    def blocks_held(self):
+        return super().blocks_held + self._leaked
 
 
 class SubtractsTwice(LookupBuffer):

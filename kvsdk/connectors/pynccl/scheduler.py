@@ -82,7 +82,7 @@ class PyNcclScheduler(ProducerScheduler, ConsumerScheduler):
                     f"kv_buffer_size={options.kv_buffer_size} holds no block: one takes {cache.block_bytes} bytes; "
                     f"set kv_buffer_size to at least {cache.block_bytes}"
                 )
-            # Its first use imports numpy.ma: 40 ms that would else be the first offer's, and every request's beside it.
+            # Its first use imports numpy.ma: 40 ms that would else be the model's thread's once the limit is reached.
             np.unique(np.zeros(1, np.int32))
             self._buffer = LookupBuffer(
                 limit_bytes=int(options.kv_buffer_size),

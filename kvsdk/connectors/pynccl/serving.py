@@ -668,6 +668,8 @@ class _Read:
 
     def _fill(self, offer: _Offer, start: int, end: int, i: int, part: torch.Tensor) -> None:
         """Gather message `i` of the row with the offer's blocks from `start` to `end`."""
+        if not self._failed and not self._offers.still(offer):
+            self._fail("the offer ended meanwhile")
         if self._failed:
             return
         first = start + i * self._chunk
