@@ -113,8 +113,9 @@ class _Task:
     def using(self) -> AbstractContextManager[None]:
         """Guards a read or write of the task's blocks: the task cannot end inside, so vLLM cannot reuse them meanwhile.
 
-        Keep it short (a copy, not a wait for a peer): while it lasts the task cannot expire either. Do not end the task
-        within it: `done` and `fail` would wait for themselves.
+        Keep it short (a copy, not a wait for a peer): while it lasts the task cannot expire either. Where a wait cannot
+        be kept out, as where a GPU writes what has yet to come, bound it by the deadline. Do not end the task within
+        it: `done` and `fail` would wait for themselves.
 
         Raises:
             TaskEnded: the task has ended; leave its blocks alone.

@@ -44,7 +44,7 @@ _FOREVER = timedelta(days=365)
 _PRODUCER, _CONSUMER = 0, 1
 # A peer that has its tensor closes at once; this end may still be copying out the same one.
 _GRACE_AFTER_PEER = 0.5
-_EVENT_LIMIT = 0.5
+_EVENT_LIMIT = 2.0
 _ABORT_LIMIT = 2.0
 _STORE_POLL = 0.005
 _STORE_ATTEMPT = timedelta(seconds=1)

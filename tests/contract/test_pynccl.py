@@ -112,7 +112,7 @@ def test_a_prompt_comes_over_whole(pair, n, by):
 
 @pytest.mark.parametrize("kind", ["peer", "shm", "gloo"])
 def test_prompts_come_over_whichever_pipe_carries_them(pair, kind):
-    """Many messages and several rows of them."""
+    """Many messages."""
     p, d = pair(layers=2, extra={"pipe": kind, "staging_bytes": 1})
     for i in range(3):
         prefill(p, f"a{i}", prompt(333, i))

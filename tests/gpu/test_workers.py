@@ -256,7 +256,7 @@ def same(b, blocks, dtype="bfloat16", layout="HND", first=0):
 def test_offered_blocks_arrive_byte_for_byte(pair, kind, dtype, layout, verify, capsys):
     a, b = pair
     # Staging memory for a few blocks, so that reads are many messages and several rows.
-    options = {"verify": verify, "pipe": kind, "staging_bytes": 3 * 8 * LAYERS * 65536}
+    options = {"verify": verify, "pipe": kind, "staging_bytes": 3 * 2 * LAYERS * 65536}
     told = two(pair, dtype, layout, **options)
     for blocks in (1, 7, 64, 511):
         for first in (0, blocks // 2):

@@ -23,7 +23,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Bell, Channel
 from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_blocks
-from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
+from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams, wait_for_stream
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
 from kvsdk.pipe import OpenWindow, Pipe, open_window
@@ -566,7 +566,7 @@ class Fetcher:
             self._receive_row(read, count, fields["digests"])
 
     def _receive_row(self, read: _Read, count: int, digests: bytes) -> None:
-        """Take the next `count` blocks. They count once the producer says that the offer stood until all were sent."""
+        """Take the next `count` blocks. They count if the offer stood until the producer had gathered them all."""
         expected = np.frombuffer(digests, "<u8").astype(np.uint64) if self._verify else None
         sizes = [self._store.staging_bytes(blocks) for blocks in cut(count, self._chunk)]
         receive = self._receive_on_gpu if self._writers is None else self._receive_on_cpu
@@ -592,7 +592,11 @@ class Fetcher:
 
     def _receive_on_gpu(self, read: _Read, sizes: list[int], expected: np.ndarray | None) -> np.ndarray:
         """Write a row into the KV cache as it comes; returns the indices of its blocks that were not written, since
-        they do not match their digests."""
+        they do not match their digests.
+
+        The task is in use for as long as the row, since its blocks may be written at any moment until then: so is one
+        whose pair has broken, until NCCL's abort has ended what was enqueued.
+        """
         assert self._pipe is not None and self._stream is not None
         task, pipe = read.task, self._pipe
         count = sum(sizes) // self._store.staging_bytes(1)
@@ -602,6 +606,8 @@ class Fetcher:
 
         def drain(i: int, part: torch.Tensor) -> None:
             its = slice(i * self._chunk, i * self._chunk + part.numel() // self._store.staging_bytes(1))
+            if part.is_cuda and not self._store.accelerated:
+                wait_for_stream(pipe, task.deadline)  # or PyTorch would, and without a deadline
             if expected is None:
                 self._store.scatter(block_ids[its], part)
             else:

@@ -47,7 +47,8 @@ WORKER_WIRE = Wire(
         # producer -> consumer: none of these blocks is there yet, nor perhaps the offer itself
         "later": {"read_id": int, "known": bool},
         # so many blocks come now. `row` goes before a row of the pipe with so many of them, and has 8 bytes of digest a
-        # block, little-endian; behind the row comes `sent`, or `failed`: then it is worth nothing
+        # block, little-endian; behind the row comes `sent`, or `failed`: then it is worth nothing. `failed`
+        # may also come in place of a row
         "part": {"read_id": int, "count": int},
         "row": {"read_id": int, "count": int, "digests": bytes},
         "sent": {"read_id": int},

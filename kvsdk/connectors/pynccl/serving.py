@@ -84,6 +84,24 @@ class Streams:
                 self._free.append(stream)
 
 
+def wait_for_stream(pipe: Pipe, deadline: float) -> None:
+    """Until the current stream has done what it was given: a pipe's operations, too, which a peer that stands still
+    does not end.
+
+    Raises:
+        PeerGone: the pipe broke.
+        DeadlineExceeded: it was not done by then.
+    """
+    done = torch.cuda.Event()
+    done.record()
+    while not done.query():
+        if pipe.broken:
+            raise PeerGone("the pipe broke in the middle of a row")
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded("the peer does not do its half of a row")
+        time.sleep(20e-6)
+
+
 class _Offer:
     """Blocks that may be read.
 
@@ -521,7 +539,7 @@ class WorkerServer:
                 return
             if kind == "read":
                 _Read(self._store, self._offers, pipe, channel, chunk, self._verify).answer(fields, self._counters)
-            elif kind != "stop":  # a stop that came after the last chunk
+            elif kind != "stop":  # a stop that came after the last message
                 raise ProtocolError(f"{kind} on a pair's channel")
 
     @property
@@ -679,7 +697,7 @@ class _Read:
         if self._failed or last < end:
             return
         if part.is_cuda:
-            torch.cuda.current_stream().synchronize()
+            wait_for_stream(self._pipe, self._deadline)
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
         # `Offers.end`.
         if self._offers.still(offer):
@@ -689,7 +707,8 @@ class _Read:
 
     def _heed(self) -> None:
         """Whether the consumer wants no more."""
-        while self._channel.poll(0):
+        # Not once it was told that this read has failed: what comes then may be its next one.
+        while not self._failed and self._channel.poll(0):
             kind, message = self._channel.recv(self._deadline)
             if kind == "stop" and message["read_id"] == self._read_id:
                 self._fail("stopped by the consumer")
