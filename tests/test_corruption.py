@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 from support.caches import KINDS, make_cache
+from support.worker_halves import begin_load, ended, worker_half
 
-from kvsdk.config import parse_options
-from kvsdk.connector.interface import CacheGeometry, Context
-from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
+from kvsdk.connector.tasks import TaskState
 from kvsdk.connectors.pynccl import PyNcclWorker, serving
-from kvsdk.connectors.pynccl.protocol import Source
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import shm_pipe, window
 
@@ -174,39 +172,15 @@ class Pair:
 
     def __init__(self, kind):
         self.source, self.target = (make_cache("HND", blocks=64, content=64, seed=seed) for seed in (1, 2))
+        # Three messages of four blocks make up a load.
+        options = {"pipe": kind, "staging_bytes": 3 * 4 * self.source.layout().block_bytes}
         self.halves = [
-            self.half(PyNcclWorker, "kv_producer", kind, self.source),
-            self.half(SpoilingWorker, "kv_consumer", kind, self.target),
+            worker_half("kv_producer", self.source, **options),
+            worker_half("kv_consumer", self.target, SpoilingWorker, **options),
         ]
 
-    def half(self, worker, role, kind, cache):
-        layout = cache.layout()
-        # Three messages of four blocks make up a load.
-        extra = {"pipe": kind, "staging_bytes": 3 * 4 * layout.block_bytes}
-        half = worker(
-            Context(
-                options=parse_options(
-                    {"kv_connector": "PyNcclConnector", "kv_role": role, "kv_connector_extra_config": extra}
-                ),
-                engine_id=role,
-                rank=0,
-                world_size=1,
-                model={},
-                cache=CacheGeometry(cache.block_size, cache.num_blocks, layout.block_bytes),
-            )
-        )
-        half.register(cache.tensors, layout)
-        return half
-
     def load(self, hold, into):
-        producer, consumer = self.halves
-        source = Source((producer.handshake()["address"],), hold)
-        order = LoadOrder(1, "r", (into,), 0, len(into) * self.target.block_size, source, 10.0)
-        task = LoadTask(order, time.monotonic() + 10.0)
-        consumer.load(task)
-        while not task.ended:
-            time.sleep(1e-4)
-        return task
+        return ended(begin_load(*self.halves, hold, into))
 
     def close(self):
         for half in self.halves:

@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 import torch
 from support.caches import make_cache
+from support.worker_halves import begin_load, ended, worker_half
 
-from kvsdk.config import parse_options
-from kvsdk.connector.interface import CacheGeometry, Context
-from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
-from kvsdk.connectors.pynccl import PyNcclWorker, fetching, protocol, serving
+from kvsdk.connector.tasks import TaskState
+from kvsdk.connectors.pynccl import fetching, protocol, serving
 from kvsdk.connectors.pynccl.channel import Channel
 from kvsdk.connectors.pynccl.fetching import Fetcher
-from kvsdk.connectors.pynccl.protocol import Source
 from kvsdk.kernels import BlockStore
 from kvsdk.pipe import Pipe
 
@@ -34,33 +32,15 @@ class Pair:
 
     def __init__(self, kind, verify=True, chunks=(2, 2)):
         self.source, self.target = (make_cache("HND", blocks=POOL, content=64, seed=seed) for seed in (1, 2))
-        self.producer = self._half("kv_producer", self.source, kind, verify, chunks[0])
-        self.consumer = self._half("kv_consumer", self.target, kind, verify, chunks[1])
-
-    def _half(self, role, cache, kind, verify, chunk):
-        layout = cache.layout()
-        extra = {"pipe": kind, "verify": verify, "staging_bytes": 3 * chunk * layout.block_bytes}
-        half = PyNcclWorker(
-            Context(
-                options=parse_options(
-                    {"kv_connector": "PyNcclConnector", "kv_role": role, "kv_connector_extra_config": extra}
-                ),
-                engine_id=role,
-                rank=0,
-                world_size=1,
-                model={},
-                cache=CacheGeometry(cache.block_size, cache.num_blocks, layout.block_bytes),
+        self.producer, self.consumer = (
+            worker_half(role, cache, pipe=kind, verify=verify, staging_bytes=3 * chunk * cache.layout().block_bytes)
+            for role, cache, chunk in zip(
+                ("kv_producer", "kv_consumer"), (self.source, self.target), chunks, strict=True
             )
         )
-        half.register(cache.tensors, layout)
-        return half
 
     def begin(self, hold, into, first=0):
-        source = Source((self.producer.handshake()["address"],), hold)
-        order = LoadOrder(1, "r", (into,), first, len(into) * self.target.block_size, source, 10.0)
-        task = LoadTask(order, time.monotonic() + 10.0)
-        self.consumer.load(task)
-        return task
+        return begin_load(self.producer, self.consumer, hold, into, first)
 
     def load(self, hold, into, first=0):
         return ended(self.begin(hold, into, first))
@@ -76,14 +56,6 @@ class Pair:
             expected = np.full_like(self.target.blocks(i), 0xEE)
             expected[into[right]] = self.source.blocks(i)[ids[right]]
             np.testing.assert_array_equal(self.target.blocks(i), expected)
-
-
-def ended(task):
-    until = time.monotonic() + 13
-    while not task.ended:
-        assert time.monotonic() < until
-        time.sleep(1e-4)
-    return task
 
 
 @pytest.fixture(params=["in threads", "as on a GPU"])

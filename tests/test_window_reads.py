@@ -10,13 +10,11 @@ import time
 import numpy as np
 import pytest
 from support.caches import make_cache
+from support.worker_halves import begin_load, ended, worker_half
 
-from kvsdk.config import parse_options
-from kvsdk.connector.interface import CacheGeometry, Context
-from kvsdk.connector.tasks import LoadOrder, LoadTask, TaskState
-from kvsdk.connectors.pynccl import PyNcclWorker, fetching, serving
+from kvsdk.connector.tasks import LoadTask, TaskState
+from kvsdk.connectors.pynccl import fetching, serving
 from kvsdk.connectors.pynccl.channel import Channel
-from kvsdk.connectors.pynccl.protocol import Source
 from kvsdk.errors import KVError, ProtocolError
 
 POOL, BLOCKS = 64, 12
@@ -27,21 +25,13 @@ class Pair:
 
     def __init__(self, **options):
         self.source, self.target = (make_cache("HND", blocks=POOL, content=64, seed=seed) for seed in (1, 2))
-        self.producer = self.half("kv_producer", self.source, options)
-        self.consumer = self.half("kv_consumer", self.target, options)
+        options = {"pipe": "peer", **options}
+        self.producer = worker_half("kv_producer", self.source, **options)
+        self.consumer = worker_half("kv_consumer", self.target, **options)
         self.rng = np.random.default_rng(5)
         self.keep("first")
         assert self.load("first").state is TaskState.DONE
         (self.fetcher,) = self.consumer._fetchers.values()
-
-    def half(self, role, cache, options):
-        layout = cache.layout()
-        config = {"kv_connector": "PyNcclConnector", "kv_role": role}
-        config["kv_connector_extra_config"] = {"pipe": "peer", **options}
-        geometry = CacheGeometry(cache.block_size, cache.num_blocks, layout.block_bytes)
-        half = PyNcclWorker(Context(parse_options(config), role, 0, 1, {}, geometry))
-        half.register(cache.tensors, layout)
-        return half
 
     def keep(self, hold, count=BLOCKS):
         self.ids = self.rng.permutation(POOL)[:count].astype(np.int32)
@@ -62,13 +52,7 @@ class Pair:
         self.into = self.rng.permutation(POOL)[: len(self.ids) - first].astype(np.int32)
         for i in range(3):
             self.target.tensors[f"layers.{i}"].fill_(0)
-        source = Source((self.producer.handshake()["address"],), hold)
-        tokens = len(self.ids) * self.target.block_size
-        task = LoadTask(LoadOrder(1, "r", (self.into,), first, tokens, source, 10.0), time.monotonic() + 10.0)
-        self.consumer.load(task)
-        while not task.ended:
-            time.sleep(1e-4)
-        return task
+        return ended(begin_load(self.producer, self.consumer, hold, self.into, first))
 
     def same(self, first=0, but=()):
         right = np.setdiff1d(np.arange(len(self.into)), but)

@@ -188,6 +188,18 @@ class Pipe(ABC):
     def _new_slot(self) -> torch.Tensor:
         return torch.empty(self.slot_bytes, dtype=torch.uint8)
 
+    def wait_for_stream(self, deadline: float) -> None:
+        """Waits, within a fill or a drain, until the current stream has done what it was given: the pipe's operations,
+        too, which a peer that stands still does not end. Nothing on CPUs, where fills and drains leave nothing.
+
+        Args:
+            deadline: absolute, in seconds of `time.monotonic()`.
+
+        Raises:
+            DeadlineExceeded, PeerGone, PipeClosed, ProtocolError: see the class.
+        """
+        return
+
     def abort(self) -> None:
         """Breaks the pipe at once, from any thread: calls that run here raise `PipeClosed`, the peer's `PeerGone`."""
         self._fail(PipeClosed("the pipe was aborted"))

@@ -456,7 +456,12 @@ class NcclPipe(TorchPipe):
         """What is given to the current stream from now on waits for an operation, on the GPU."""
         if work is not None:
             with self._nccl_errors():
-                work.wait()
+                work.wait()  # the host goes on
+
+    def wait_for_stream(self, deadline: float) -> None:
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        self._poll(done.query, deadline, DeadlineExceeded("waited for the peer's half of a row until the deadline"))
 
     def _finish(self, begun: Any, deadline: float) -> None:
         self._finish_all([begun], deadline)
@@ -468,7 +473,7 @@ class NcclPipe(TorchPipe):
             return
         try:
             with self._nccl_errors():
-                works[-1].wait()
+                self._behind(works[-1])
                 done = torch.cuda.Event()
                 done.record(torch.cuda.current_stream(self._device))
                 late = DeadlineExceeded("waited for the tensor until the deadline")

@@ -23,7 +23,7 @@ from kvsdk.connector.counters import Counters
 from kvsdk.connector.tasks import LoadTask
 from kvsdk.connectors.pynccl.channel import Bell, Channel
 from kvsdk.connectors.pynccl.protocol import chunk_blocks, cut, row_blocks
-from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams, wait_for_stream
+from kvsdk.connectors.pynccl.serving import PAIR_TIMEOUT, Streams
 from kvsdk.errors import KVError, ProtocolError, TaskEnded, WindowUnavailable
 from kvsdk.kernels import BlockStore, PeerBlocks, PeerCache
 from kvsdk.pipe import OpenWindow, Pipe, open_window
@@ -427,11 +427,19 @@ class Fetcher:
             self._wrong_bytes = self._wrong.numpy()
         return self._wrong
 
-    def _damaged(self, read: _Read, start: int, wrong: np.ndarray) -> None:
-        """Of what came from block `start` on, these blocks do not match their digests."""
+    def _count(self, read: _Read, count: int, wrong: np.ndarray, *, if_told: str) -> None:
+        """Hear whether the next `count` blocks of a load are the offer's. If so they count, and `wrong` has the indices
+        of those that are damaged."""
+        kind, fields = self._hear(read.task)
+        if kind == "failed":
+            read.reason = KVError(f"{self.address}: {fields['reason']}")
+            return
+        if kind != if_told:
+            raise ProtocolError(f"{self.address} sent {kind} out of turn")
         if len(wrong):
-            read.bad.append(wrong + start)
+            read.bad.append(wrong + read.received)
             self._counters.add("corrupt_blocks", len(wrong))
+        read.received += count
 
     # ---- a window
 
@@ -481,14 +489,7 @@ class Fetcher:
             return count
         # Before unchecked blocks count, and before a difference is taken for damage: did they stay what they were?
         self._channel.send("confirm", read_id=self._read_id)
-        kind, fields = self._hear(read.task)
-        if kind == "failed":
-            read.reason = KVError(f"{self.address}: {fields['reason']}")
-        elif kind != "stands":
-            raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        else:
-            self._damaged(read, read.received, wrong)
-            read.received += count
+        self._count(read, count, wrong, if_told="stands")
         return 0
 
     def _took(self, count: int) -> None:
@@ -570,15 +571,7 @@ class Fetcher:
         expected = np.frombuffer(digests, "<u8").astype(np.uint64) if self._verify else None
         sizes = [self._store.staging_bytes(blocks) for blocks in cut(count, self._chunk)]
         receive = self._receive_on_gpu if self._writers is None else self._receive_on_cpu
-        wrong = receive(read, sizes, expected)
-        kind, fields = self._hear(read.task)
-        if kind == "failed":
-            read.reason = KVError(f"{self.address}: {fields['reason']}")
-        elif kind != "sent":
-            raise ProtocolError(f"{self.address} sent {kind} out of turn")
-        else:
-            self._damaged(read, read.received, wrong)
-            read.received += count
+        self._count(read, count, receive(read, sizes, expected), if_told="sent")
 
     def _hear(self, task: LoadTask) -> tuple[str, dict[str, Any]]:
         assert self._channel is not None
@@ -606,8 +599,8 @@ class Fetcher:
 
         def drain(i: int, part: torch.Tensor) -> None:
             its = slice(i * self._chunk, i * self._chunk + part.numel() // self._store.staging_bytes(1))
-            if part.is_cuda and not self._store.accelerated:
-                wait_for_stream(pipe, task.deadline)  # or PyTorch would, and without a deadline
+            if not self._store.accelerated:
+                pipe.wait_for_stream(task.deadline)  # or PyTorch would, and without a deadline
             if expected is None:
                 self._store.scatter(block_ids[its], part)
             else:

@@ -84,24 +84,6 @@ class Streams:
                 self._free.append(stream)
 
 
-def wait_for_stream(pipe: Pipe, deadline: float) -> None:
-    """Until the current stream has done what it was given: a pipe's operations, too, which a peer that stands still
-    does not end.
-
-    Raises:
-        PeerGone: the pipe broke.
-        DeadlineExceeded: it was not done by then.
-    """
-    done = torch.cuda.Event()
-    done.record()
-    while not done.query():
-        if pipe.broken:
-            raise PeerGone("the pipe broke in the middle of a row")
-        if time.monotonic() >= deadline:
-            raise DeadlineExceeded("the peer does not do its half of a row")
-        time.sleep(20e-6)
-
-
 class _Offer:
     """Blocks that may be read.
 
@@ -696,8 +678,7 @@ class _Read:
         self._heed()
         if self._failed or last < end:
             return
-        if part.is_cuda:
-            wait_for_stream(self._pipe, self._deadline)
+        self._pipe.wait_for_stream(self._deadline)
         # What was gathered counts only if the offer stood until now: its blocks are written again only after
         # `Offers.end`.
         if self._offers.still(offer):
